@@ -96,16 +96,18 @@ def plan(config: CorConfig, scores: Scores) -> dict[int, LayerRouting]:
         elif mode in ("full", "layer", "random"):
             top_k = int(scores.k[row])
         if config.static_k is None and mode in ("full", "expert"):
-            bias = _bias(scores.cei[row], lambdas[row])
+            bias = _bias(scores.cei[row], lambdas[row], config.weights)
         is_random = config.static_k is None and mode == "random"
         layers[layer_index] = LayerRouting(layer_index, top_k, bias, is_random)
     return layers
 
 
-def _bias(cei: torch.Tensor, lambda_: float) -> torch.Tensor | None:
-    # A constant in CEI changes no order; taking it out keeps more bits for what does.
+def _bias(cei: torch.Tensor, lambda_: float, weights: Weights) -> torch.Tensor | None:
     cei = cei.double()
-    bias = (lambda_ * (cei - cei.min())).float()
+    if weights == "router":
+        # A constant changes no order; taking it out keeps more bits for what does. Fused weights contain it.
+        cei = cei - cei.min()
+    bias = (lambda_ * cei).float()
     return bias if bias.any() else None
 
 

@@ -20,8 +20,8 @@ class ModelInfo(_Section):
     revision: str | None = None
     architecture: str
     num_experts: int = Field(ge=1, le=65536)
-    top_k: int = Field(ge=1)
-    num_hidden_layers: int = Field(ge=1)
+    top_k: int = Field(ge=1, le=65536)
+    num_hidden_layers: int = Field(ge=1, le=65536)
     fingerprint: Sha256
 
 

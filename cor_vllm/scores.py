@@ -146,7 +146,7 @@ def save(path: str | os.PathLike[str], scores: Scores) -> None:
     target = Path(path)
     validate(scores, os.fspath(target))
     metadata = {"format": FORMAT, "config": scores.config.model_dump_json(by_alias=True)}
-    data = safetensors_save({n: t.contiguous() for n, t in scores.tensors().items()}, metadata)
+    data = _ordered(safetensors_save({n: t.contiguous() for n, t in scores.tensors().items()}, metadata))
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -158,6 +158,14 @@ def save(path: str | os.PathLike[str], scores: Scores) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same file with its header's keys in order: safetensors writes the metadata in any."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the format aligns the tensors to 8 bytes
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def _umask() -> int:

@@ -1,0 +1,145 @@
+"""One prompt set through vLLM and through transformers, for comparison token by token."""
+
+import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+NEW_TOKENS = 64
+# Lengths from a single token to several cache blocks, no two prompts alike.
+PROMPTS = [
+    [(7 * i + 13 * j + j * j) % 250 for j in range(length)]
+    for i, length in enumerate((1, 2, 5, 16, 17, 33, 48, 70))
+]
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 512,
+    "seed": 0,
+    "disable_log_stats": True,
+    # vLLM's CPU kernel for rotary embeddings takes the token stride of a [T, heads, d] tensor from its
+    # second last dimension, which is wrong for more than one head. Multi-head latent attention (DeepSeek-V2)
+    # is the one caller that passes such tensors. The torch version is right.
+    "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A greedy continuation with the log-probability of each of its tokens, and of each prompt token."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    prompt_logprobs: list[float]
+
+
+def generate(
+    folder: Path, cor: dict[str, Any] | None = None, tokens: int = NEW_TOKENS, **engine: Any
+) -> list[Completion]:
+    """Greedy completions of PROMPTS by vLLM, in this process."""
+    from vllm import LLM, SamplingParams
+
+    additional = {"additional_config": {"cor": cor}} if cor else {}
+    llm = LLM(model=str(folder), **{**ENGINE, **additional, **engine})
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+        SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0, prompt_logprobs=0),
+        use_tqdm=False,
+    )
+    del llm
+    gc.collect()
+    return [_completion(output) for output in outputs]
+
+
+def _completion(output: Any) -> Completion:
+    tokens = list(output.outputs[0].token_ids)
+    steps = zip(output.outputs[0].logprobs, tokens, strict=True)
+    prompt = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+    return Completion(tokens, [step[t].logprob for step, t in steps], [step[t].logprob for step, t in prompt])
+
+
+def generate_without_plugin(folders: list[Path], tokens: int) -> dict[str, list[Completion]]:
+    """Completions by a vLLM that never heard of cor_vllm: another process with no plugin loaded."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.parity.engine", str(tokens), *map(str, folders)],
+        env={**os.environ, "VLLM_PLUGINS": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    answers = json.loads(run.stdout.splitlines()[-1])
+    return {folder: [Completion(**c) for c in completions] for folder, completions in answers.items()}
+
+
+def reference_completions(
+    folder: Path,
+    routing: dict[int, tuple[int, torch.Tensor | None]],
+    given: list[Completion],
+    fused: bool = False,
+) -> list[Completion]:
+    """What transformers says to the same tokens when routed by the paper's formula.
+
+    Args:
+        folder: the model.
+        routing: decoder layer → (k_l, λ·CEI [N] or None).
+        given: completions whose tokens are fed in; the returned `tokens` are transformers' greedy choices.
+        fused: weigh by the score in place of the router probability.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = model.config
+    renormalize = (
+        fused
+        or config.model_type in ("mixtral", "gpt_oss")
+        or (config.model_type != "deepseek_v2" and config.norm_topk_prob)
+    )
+    scale = getattr(config, "routed_scaling_factor", 1.0)
+    for index, layer in enumerate(model.model.layers):
+        router = getattr(layer.mlp, "gate", getattr(layer.mlp, "router", None))
+        if router is not None:
+            _reroute(router, *routing[index], renormalize, scale, fused)
+    answers = []
+    for prompt, completion in zip(PROMPTS, given, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + completion.tokens])).logits[0, :-1].float()
+        logprobs = logits.log_softmax(-1)
+        chosen = logprobs.gather(1, torch.tensor((prompt + completion.tokens)[1:])[:, None])[:, 0].tolist()
+        start = len(prompt) - 1
+        answers.append(Completion(logits[start:].argmax(-1).tolist(), chosen[start:], chosen[:start]))
+    return answers
+
+
+def _reroute(
+    router: Any, k: int, bias: torch.Tensor | None, renormalize: bool, scale: float, fused: bool
+) -> None:
+    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = functional.linear(hidden.reshape(-1, router.weight.shape[1]), router.weight)
+        logits = logits + getattr(router, "bias", torch.zeros(()))
+        g = logits.softmax(-1)
+        score = g if bias is None else g + bias
+        ids = torch.argsort(-score, dim=-1, stable=True)[:, :k]
+        weights = (score if fused else g).gather(1, ids)
+        if renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, weights * scale, ids
+
+    router.forward = forward
+
+
+if __name__ == "__main__":
+    result = {
+        folder: [dataclasses.asdict(c) for c in generate(Path(folder), tokens=int(sys.argv[1]))]
+        for folder in sys.argv[2:]
+    }
+    assert "cor_vllm.plugin" not in sys.modules
+    print(json.dumps(result))
