@@ -11,7 +11,7 @@ from cor_vllm.scores import Scores
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.cor")  # below vLLM's own, whose level and format it takes on
 
 # Formats whose files are the checkpoint itself, so that the routers in them can be compared.
 _SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors")

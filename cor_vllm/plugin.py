@@ -22,7 +22,7 @@ from cor_vllm.scores import ScoresError, digest, parse, read_bytes
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.cor")  # below vLLM's own, whose level and format it takes on
 _installed = False
 
 

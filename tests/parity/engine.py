@@ -87,6 +87,7 @@ def reference_completions(
     routing: dict[int, tuple[int, torch.Tensor | None]],
     given: list[Completion],
     fused: bool = False,
+    prompts: list[list[int]] = PROMPTS,
 ) -> list[Completion]:
     """What transformers says to the same tokens when routed by the paper's formula.
 
@@ -95,6 +96,7 @@ def reference_completions(
         routing: decoder layer → (k_l, λ·CEI [N] or None).
         given: completions whose tokens are fed in; the returned `tokens` are transformers' greedy choices.
         fused: weigh by the score in place of the router probability.
+        prompts: what the completions continue.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     config = model.config
@@ -109,7 +111,7 @@ def reference_completions(
         if router is not None:
             _reroute(router, *routing[index], renormalize, scale, fused)
     answers = []
-    for prompt, completion in zip(PROMPTS, given, strict=True):
+    for prompt, completion in zip(prompts, given, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + completion.tokens])).logits[0, :-1].float()
         logprobs = logits.log_softmax(-1)

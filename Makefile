@@ -1,0 +1,41 @@
+# Every target installs what it needs first; `make demo` and `make test` work on a fresh checkout.
+# COR_TORCH_INDEX=URL adds an index that has the CPU build of torch (PyTorch's own, see README).
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+INDEX := $(if $(COR_TORCH_INDEX),--extra-index-url $(COR_TORCH_INDEX))
+
+.PHONY: install demo test check lock clean
+
+install: $(STAMP)
+
+$(STAMP): requirements-cpu.lock pyproject.toml tools/vllm-cpu-shim/pyproject.toml
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "make: Python 3.11 or newer is needed, python3 is $$(python3 -V)"; exit 1; }
+	@test -x $(PYTHON) || python3 -m venv $(VENV)
+	@echo "Installing the packages of requirements-cpu.lock into $(VENV) …"
+	@$(PIP) install --quiet --no-deps $(INDEX) -r requirements-cpu.lock \
+		|| { echo "make: the packages could not be installed. If torch+cpu was not found, your package index" \
+			"has no CPU build: set COR_TORCH_INDEX to PyTorch's CPU index (README, Installation)."; exit 1; }
+	@$(PIP) install --quiet --no-deps --no-build-isolation ./tools/vllm-cpu-shim
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(STAMP)
+	@$(PYTHON) examples/demo/run.py
+
+test: $(STAMP)
+	@$(PYTHON) -m pytest
+
+check: $(STAMP)
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+lock:
+	@sh tools/lock.sh
+
+clean:
+	rm -rf $(VENV) demo-output build dist *.egg-info

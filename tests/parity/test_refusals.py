@@ -1,0 +1,244 @@
+"""What cannot be right is refused by name, before weights load."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cor_vllm import scores
+from cor_vllm.config import ConfigError
+from cor_vllm.fit import MisfitError
+from cor_vllm.plugin import RoutingError
+from cor_vllm.scores import ScoresError
+from tests.make_scores import config_of, make
+from tests.parity.engine import ENGINE, generate
+
+pytestmark = pytest.mark.slow
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+
+
+@pytest.fixture(scope="module")
+def qwen(checkpoints) -> Path:
+    return checkpoints["qwen3_moe"]
+
+
+def start(folder: Path, cor: object, **engine: object) -> None:
+    """As far as the checks before the engine: what `vllm serve` and LLM() both run first."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = {k: v for k, v in ENGINE.items() if k != "compilation_config"}
+    EngineArgs(str(folder), **options, additional_config={"cor": cor}, **engine).create_engine_config()
+
+
+def write(
+    folder: Path, tmp_path: Path, changes: dict[str, object] | None = None, **tensors: torch.Tensor
+) -> dict:
+    values = dataclasses.replace(make(folder), **tensors)
+    if changes:
+        raw = values.config.model_dump(by_alias=True)
+        raw["model"].update(changes)
+        values = dataclasses.replace(values, config=type(values.config).model_validate(raw))
+    path = tmp_path / "scores.safetensors"
+    scores.save(path, values)
+    return {"scores": str(path)}
+
+
+def test_a_file_that_fits_starts(qwen, tmp_path):
+    start(qwen, write(qwen, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"architecture": "MixtralForCausalLM"},
+            "architecture: the scores file has MixtralForCausalLM",
+        ),
+        ({"num_hidden_layers": 9}, "num_hidden_layers: the scores file has 9, the model has 3"),
+        ({"top_k": 2}, "top_k: the scores file has 2, the model has 3"),
+        ({"fingerprint": "0" * 64}, "fingerprint: the scores file has 0000"),
+    ],
+)
+def test_a_file_of_another_model(qwen, tmp_path, changes, says):
+    with pytest.raises(MisfitError, match=says) as caught:
+        start(qwen, write(qwen, tmp_path, changes))
+    assert "\n" not in str(caught.value)
+    assert "cor-vllm calibrate" in str(caught.value)  # the remedy
+
+
+def test_a_file_with_other_layers(qwen, tmp_path):
+    values = make(qwen)
+    fewer = {name: tensor[:2] for name, tensor in values.tensors().items()}
+    config = type(values.config).model_validate(config_of(qwen, values.k[:2].tolist()))
+    path = tmp_path / "scores.safetensors"
+    scores.save(path, dataclasses.replace(values, **fewer, config=config))
+    with pytest.raises(MisfitError, match="number of MoE layers: the scores file has 2, the model has 3"):
+        start(qwen, {"scores": str(path)})
+
+
+def test_weights_that_were_trained_on(qwen, tmp_path):
+    """The same configuration with other routers is another model."""
+    changed = shutil.copytree(qwen, tmp_path / "changed")
+    weights = load_file(changed / "model.safetensors")
+    name = next(n for n in weights if n.endswith("mlp.gate.weight"))
+    weights[name][0, 0] += 1
+    save_file(weights, changed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MisfitError, match="fingerprint"):
+        start(changed, write(qwen, tmp_path))
+
+
+def test_a_requantised_copy_keeps_its_fingerprint(qwen, tmp_path):
+    """Sharded into two files, experts in another dtype: the routers are the same."""
+    copy = shutil.copytree(qwen, tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    names = sorted(weights)
+    for part, half in enumerate((names[::2], names[1::2])):
+        shard = {n: weights[n].bfloat16() if ".experts." in n else weights[n] for n in half}
+        save_file(shard, copy / f"model-{part}.safetensors", {"format": "pt"})
+    start(copy, write(qwen, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("engine", "says"),
+    [
+        ({"model_impl": "transformers"}, "Transformers backend"),
+        (
+            {"speculative_config": NGRAM},
+            "speculative",
+        ),
+        ({"load_format": "sharded_state"}, "load format 'sharded_state'"),
+    ],
+)
+def test_engines_that_cannot_be_routed(qwen, tmp_path, engine, says):
+    with pytest.raises(MisfitError, match=says):
+        start(qwen, write(qwen, tmp_path), **engine)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lambda": 0.1, "swap_rate": 0.05}, "give one of them"),
+        ({"lambda": -0.1}, "cor.lambda"),
+        ({"lambda": float("nan")}, "cor.lambda"),
+        ({"mode": "best"}, "cor.mode"),
+        ({"static_k": 0}, "cor.static_k"),
+        ({"static_k": 99}, "the model has 7 experts"),
+        ({"static_k": 4, "mode": "layer"}, "static_k"),
+        ({"mode": "off", "lambda": 0.1}, "has no λ"),
+        ({"mode": "random", "weights": "fused"}, "fused"),
+        ({"lamda": 0.1}, "cor.lamda"),
+    ],
+)
+def test_options_that_contradict(qwen, tmp_path, options, says):
+    with pytest.raises(ConfigError, match=says):
+        start(qwen, {**write(qwen, tmp_path), **options})
+
+
+def test_options_that_are_no_object(qwen):
+    with pytest.raises(ConfigError, match="cor"):
+        start(qwen, "scores.safetensors")
+
+
+def test_a_broken_file(qwen, tmp_path):
+    path = tmp_path / "scores.safetensors"
+    path.write_bytes(b"no")
+    with pytest.raises(ScoresError, match="header"):
+        start(qwen, {"scores": str(path)})
+    with pytest.raises(ScoresError, match="No such file"):
+        start(qwen, {"scores": str(tmp_path / "absent")})
+
+
+def test_dummy_weights_have_no_fingerprint_to_compare(qwen, tmp_path):
+    start(qwen, write(qwen, tmp_path, {"fingerprint": "0" * 64}), load_format="dummy")
+
+
+def layer_arguments(monkeypatch, **change: object) -> None:
+    """Have vLLM's Qwen3-MoE ask the layer factory for something it normally does not."""
+    import vllm.model_executor.models.qwen3_moe as module
+
+    factory = module.FusedMoEFactory
+    monkeypatch.setattr(module, "FusedMoEFactory", lambda **kwargs: factory(**{**kwargs, **change}))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"router": object()}, "a router of its own"),
+        ({"custom_routing_function": print}, "a custom routing function"),
+        ({"hash_indices_table": torch.zeros(1)}, "hash routing"),
+        ({"zero_expert_type": "identity"}, "zero experts"),
+        ({"scoring_func": "sigmoid"}, "sigmoid scoring"),
+        ({"e_score_correction_bias": torch.zeros(7)}, "a score correction bias"),
+        ({"use_grouped_topk": True, "num_expert_group": 7, "topk_group": 2}, "grouped top-k"),
+        ({"apply_router_weight_on_input": True}, "router weights on the input"),
+    ],
+)
+def test_layers_that_select_otherwise_are_named(qwen, tmp_path, monkeypatch, change, says):
+    layer_arguments(monkeypatch, **change)
+    with pytest.raises(RoutingError, match=rf"model\.layers\.0\.mlp\.experts: {says}"):
+        generate(qwen, write(qwen, tmp_path), 1)
+
+
+def test_an_expert_kernel_that_routes_inside_itself(qwen, tmp_path, monkeypatch):
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    monkeypatch.setattr(MoERunner, "is_monolithic", property(lambda self: True))
+    with pytest.raises(RoutingError, match=r"model\.layers\.0\.mlp\.experts: the expert kernel"):
+        generate(qwen, write(qwen, tmp_path), 1)
+
+
+def test_a_router_that_is_replaced_after_the_layer_is_built(qwen, tmp_path, monkeypatch):
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    load_weights = DefaultModelLoader.load_weights
+
+    def replace(self, model, model_config):
+        load_weights(self, model, model_config)
+        model.model.layers[1].mlp.experts.router = CPURouter(top_k=3, global_num_experts=7)
+
+    monkeypatch.setattr(DefaultModelLoader, "load_weights", replace)
+    with pytest.raises(RoutingError, match=r"layers\.1\.mlp\.experts: routed by CPURouter"):
+        generate(qwen, write(qwen, tmp_path), 1)
+
+
+def test_a_file_that_changes_between_the_check_and_the_worker(qwen, tmp_path, monkeypatch):
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    cor = write(qwen, tmp_path)
+    create_model = BaseModelLoader.create_model
+
+    def swap(self, *args, **kwargs):
+        write(qwen, tmp_path, cei=torch.zeros(3, 7))
+        return create_model(self, *args, **kwargs)
+
+    monkeypatch.setattr(BaseModelLoader, "create_model", swap)
+    with pytest.raises(ScoresError, match="has changed since the engine was started"):
+        generate(qwen, cor, 1)
+
+
+def test_options_stay_json_for_the_compile_cache_key(qwen, tmp_path):
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = {k: v for k, v in ENGINE.items() if k != "compilation_config"}
+
+    def key(**cor: object) -> str:
+        engine = EngineArgs(
+            str(qwen), **options, additional_config={"cor": {**write(qwen, tmp_path), **cor}}
+        ).create_engine_config()
+        json.dumps(engine.additional_config)
+        return engine.compute_hash()
+
+    first = key()
+    assert key() == first
+    assert key(**{"lambda": 0.2}) != first
+    path = Path(write(qwen, tmp_path)["scores"])
+    values = dataclasses.replace(make(qwen), cei=torch.zeros(3, 7))
+    scores.save(path, values)
+    engine = EngineArgs(str(qwen), **options, additional_config={"cor": {"scores": str(path)}})
+    assert engine.create_engine_config().compute_hash() != first  # another content under the same path
