@@ -9,6 +9,7 @@ from cor_vllm import __version__
 
 Handler = Callable[[argparse.Namespace], int]
 
+EXTRAS = ("transformers", "matplotlib")  # what a server's installation can do without
 INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 
 
@@ -31,7 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_plot(commands)
     args = parser.parse_args(argv)
     handler: Handler = args.handler
-    return handler(args)
+    try:
+        return handler(args)
+    except KeyboardInterrupt:
+        print("cor-vllm: interrupted; the same command goes on from where it stopped", file=sys.stderr)
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        return _fail(f"this command needs the package {error.name}: pip install 'cor-vllm[calibrate]'")
 
 
 def _fail(message: object) -> int:
@@ -43,9 +52,9 @@ def _add_calibrate(commands: "argparse._SubParsersAction[argparse.ArgumentParser
     parser = commands.add_parser(
         "calibrate",
         help="measure a model and write a scores file",
-        description="Measure how much each expert and each layer of a MoE model matters to hard predictions, and "
-        "write the scores file that the server routes by. Loads the model with transformers. Interrupted runs "
-        "resume when the same command is given again.",
+        description="Measure how much each expert and each layer of a MoE model matters to hard predictions, "
+        "and write the scores file that the server routes by. Loads the model with transformers. Interrupted "
+        "runs resume when the same command is given again.",
         argument_default=argparse.SUPPRESS,  # the defaults are CalibrationOptions'
     )
     parser.set_defaults(handler=_calibrate)
@@ -63,8 +72,8 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--corpus",
         metavar="NAME_OR_PATH",
-        help="a text file (blank lines between documents), a .jsonl file (key `text`), or `c4` (C4 validation, "
-        "streamed; needs the package datasets) (default: the corpus that ships with the package)",
+        help="a text file (blank lines between documents), a .jsonl file (key `text`), or `c4` (C4 "
+        "validation, streamed; needs the package datasets) (default: the corpus that ships with the package)",
     )
     add(
         "--token-ids",
@@ -76,8 +85,8 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--positions",
         metavar="FILE",
-        help="JSON list with one list per sequence of --token-ids: indexes t, from 0, of the positions (t predicts "
-        "token t+1) to use as hard ones instead of those above --hard-percentile (default: none)",
+        help="JSON list with one list per sequence of --token-ids: indexes t, from 0, of the positions (t "
+        "predicts token t+1) to use as hard ones instead of those above --hard-percentile (default: none)",
     )
     add("--num-tokens", type=int, metavar="N", help="calibration positions (default: 1000)")
     add("--seq-len", type=int, metavar="N", help="most tokens of a sequence (default: 256)")
@@ -87,7 +96,7 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="positions of other text on which the result is checked; 0: no check (default: 1000)",
     )
-    add("--seed", type=int, metavar="N", help="of every random choice (default: 0)")  # fmt: skip
+    add("--seed", type=int, metavar="N", help="of every random choice (default: 0)")
 
 
 def _add_method_options(parser: argparse.ArgumentParser) -> None:
@@ -130,12 +139,15 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--perturb-target",
         choices=("moe", "layer"),
-        help="what is scaled: what the MoE block adds to the residual stream, or the whole stream after the layer "
-        "(default: moe)",
+        help="what is scaled: what the MoE block adds to the residual stream, or the whole stream after the "
+        "layer (default: moe)",
     )
     add("--algorithm", choices=("plain",), help="plain: one full forward per intervention (default: plain)")
-    add("--shrink", action="store_true",
-        help="shrink each CEI towards 0 by its own standard error before normalising (default: off)")  # fmt: skip
+    add(
+        "--shrink",
+        action="store_true",
+        help="shrink each CEI towards 0 by its own standard error before normalising (default: off)",
+    )
 
 
 def _add_budget_options(parser: argparse.ArgumentParser) -> None:
@@ -144,20 +156,23 @@ def _add_budget_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--intensity",
         choices=("ratio", "hard", "marginal"),
-        help="what decides a layer's share: R_l; S(hard) alone; or the loss change on hard positions with one "
-        "expert more and one fewer, by which single experts move between layers (default: ratio)",
+        help="what decides a layer's share: R_l; S(hard) alone; or the loss change on hard positions with "
+        "one expert more and one fewer, by which single experts move between layers (default: ratio)",
     )
     add(
         "--budget",
         choices=("exact", "paper"),
-        help="exact: Σ k_l is exactly layers × top_k, within --k-min and --k-max; paper: each k_l is rounded by "
-        "itself, unbounded, and the sum can miss (default: exact)",
+        help="exact: Σ k_l is exactly layers × top_k, within --k-min and --k-max; paper: each k_l is rounded "
+        "by itself, unbounded, and the sum can miss (default: exact)",
     )
     add("--k-min", type=int, metavar="K", help="least experts of a layer (default: top_k // 2, at least 1)")
     add("--k-max", type=int, metavar="K", help="most experts of a layer (default: 2 × top_k, at most all)")
-    add("--tune", action="store_true",
-        help="choose the served mode and λ, none included, on one half of the held-out positions and report on the "
-        "other (default: off: mode full, λ = 0.1)")  # fmt: skip
+    add(
+        "--tune",
+        action="store_true",
+        help="choose the served mode and λ, none included, on one half of the held-out positions and report "
+        "on the other (default: off: mode full, λ = 0.1)",
+    )
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -169,15 +184,23 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         help="of the weights; auto: float32 on the CPU, the checkpoint's own elsewhere (default: auto)",
     )
     add("--device", metavar="DEVICE", help="a torch device (default: cuda where there is one, else cpu)")
-    add("--resume", action=argparse.BooleanOptionalAction,
-        help="go on from FILE.partial, which an interrupted run left (default: --resume)")  # fmt: skip
+    add(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        help="go on from FILE.partial, which an interrupted run left (default: --resume)",
+    )
 
 
 def _calibrate(args: argparse.Namespace) -> int:
+    import torch
     from pydantic import ValidationError
     from rich.console import Console
 
     from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
+    from cor_vllm.calibrate.pipeline import calibrate
+    from cor_vllm.calibrate.show import warnings
+    from cor_vllm.fingerprint import FingerprintError
+    from cor_vllm.scores import ScoresError
 
     values = {name: value for name, value in vars(args).items() if name != "handler"}
     try:
@@ -187,18 +210,13 @@ def _calibrate(args: argparse.Namespace) -> int:
         option = "".join(f"--{str(part).replace('_', '-')}: " for part in first["loc"])
         return _fail(option + first["msg"].removeprefix("Value error, "))
     try:
-        from cor_vllm.calibrate.pipeline import calibrate
-        from cor_vllm.calibrate.show import warnings
-        from cor_vllm.fingerprint import FingerprintError
-    except ModuleNotFoundError as error:
-        return _fail(f"calibration needs the package {error.name}: pip install 'cor-vllm[calibrate]'")
-    try:
         scores = calibrate(options, Console(stderr=True))
-    except (CalibrationError, FingerprintError, OSError) as error:
+    except (CalibrationError, FingerprintError, ScoresError, OSError) as error:
         return _fail(error)
-    except KeyboardInterrupt:
-        print("cor-vllm: interrupted; the same command resumes from the last finished layer", file=sys.stderr)
-        return INTERRUPTED
+    except torch.OutOfMemoryError:
+        return _fail(
+            "the device ran out of memory; try --dtype bfloat16, a shorter --seq-len, or --device cpu"
+        )
     for line in warnings(scores):
         print(f"warning: {line}", file=sys.stderr)
     print(f"wrote {options.output}; look at it with: cor-vllm show {options.output}")
@@ -209,9 +227,9 @@ def _add_show(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser = commands.add_parser(
         "show",
         help="print a scores file",
-        description="Print what a scores file holds: R_l, k_l, CEI and dormant experts by layer, how many slots λ "
-        "changes, and the held-out check. A dormant expert has less than an even share of the router's "
-        "probability, but a CEI in the upper half of its layer and above 0.",
+        description="Print what a scores file holds: R_l, k_l, CEI and dormant experts by layer, how many "
+        "slots λ changes, and the held-out check. A dormant expert has less than an even share of the "
+        "router's probability, but a CEI in the upper half of its layer and above 0.",
     )
     parser.set_defaults(handler=_show)
     parser.add_argument("scores", metavar="FILE", help="a scores file")
@@ -239,8 +257,8 @@ def _add_plot(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser = commands.add_parser(
         "plot",
         help="draw a scores file",
-        description="Draw budget (R_l and k_l by layer), cei (CEI against router probability) and coverage (hard "
-        "positions per expert), each as PNG and SVG.",
+        description="Draw budget (R_l and k_l by layer), cei (CEI against router probability) and coverage "
+        "(hard positions per expert), each as PNG and SVG.",
     )
     parser.set_defaults(handler=_plot)
     parser.add_argument("scores", metavar="FILE", help="a scores file")
@@ -257,13 +275,10 @@ def _add_plot(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _plot(args: argparse.Namespace) -> int:
+    from cor_vllm.calibrate.config import CalibrationError
+    from cor_vllm.calibrate.plots import plot
     from cor_vllm.scores import ScoresError, load
 
-    try:
-        from cor_vllm.calibrate.config import CalibrationError
-        from cor_vllm.calibrate.plots import plot
-    except ModuleNotFoundError as error:
-        return _fail(f"plots need the package {error.name}: pip install 'cor-vllm[calibrate]'")
     try:
         for path in plot(load(args.scores), args.output, args.layers):
             print(path)

@@ -129,5 +129,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return PreTrainedTokenizerFast(
         chat_template=template,
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=512,
     )

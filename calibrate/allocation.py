@@ -1,0 +1,92 @@
+"""From intensities to k_l (Eq. 8): which budget rule runs, with which bounds."""
+
+from collections.abc import Sequence
+
+from cor_vllm.budget import allocate, allocate_paper
+from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
+from cor_vllm.metadata import BudgetInfo
+
+NOISE = 2.0  # standard errors that a gain must exceed before a unit of budget moves
+
+Estimate = tuple[float, float]
+"""Mean and standard error, nats."""
+
+
+def bounds(options: CalibrationOptions, num_experts: int, top_k: int) -> tuple[int, int]:
+    """(k_min, k_max): the options, or max(1, top_k // 2) and min(N, 2·top_k); `paper`: 1 and N.
+
+    Raises:
+        CalibrationError: the model's own top_k or its N experts do not fit the bounds asked for.
+    """
+    if options.budget == "paper":
+        return 1, num_experts
+    k_min = options.k_min or max(1, top_k // 2)
+    k_max = options.k_max or min(num_experts, 2 * top_k)
+    if not k_min <= top_k <= k_max <= num_experts:
+        raise CalibrationError(
+            f"--k-min {k_min} and --k-max {k_max} must hold the model's own {top_k} experts per token "
+            f"between them and not exceed its {num_experts} experts"
+        )
+    return k_min, k_max
+
+
+def budget(
+    options: CalibrationOptions,
+    num_experts: int,
+    top_k: int,
+    intensity: Sequence[float],
+    marginal: Sequence[tuple[Estimate | None, Estimate | None]] = (),
+) -> tuple[list[int], BudgetInfo]:
+    """k_l of every layer.
+
+    Args:
+        options: rule, intensity, bounds.
+        num_experts, top_k: N and the model's own experts per token.
+        intensity: R_l or S_l(hard) by layer; unused under `--intensity marginal`.
+        marginal: per layer the loss change with one expert fewer and with one more (see `move_units`).
+    """
+    k_min, k_max = bounds(options, num_experts, top_k)
+    total = top_k * len(intensity)
+    if options.intensity == "marginal":
+        k = move_units(marginal, top_k, k_min, k_max)
+    elif options.budget == "paper":
+        k = allocate_paper(intensity, total, num_experts)
+    else:
+        k = allocate(intensity, total, k_min, k_max)
+    return k, BudgetInfo(rule=options.budget, k_min=k_min, k_max=k_max, total=total, sum=sum(k))
+
+
+def move_units(
+    marginal: Sequence[tuple[Estimate | None, Estimate | None]], top_k: int, k_min: int, k_max: int
+) -> list[int]:
+    """Start uniform; move one expert at a time from where it costs least to where it gains most.
+
+    Only top_k ± 1 was measured, so a layer gives or takes one unit at most. The pair of layers with the
+    greatest net gain moves first; moving stops when the best net gain left is not beyond NOISE of its
+    standard errors.
+
+    Args:
+        marginal: per layer (fewer, more): mean and standard error of the loss change on hard positions with
+            top_k − 1 and top_k + 1 experts, nats; None where that number of experts does not exist.
+        top_k, k_min, k_max: k_l stays in [k_min, k_max]; their sum stays M·top_k.
+
+    Source: method.md, "Weak spots", `marginal`.
+    """
+    k = [top_k] * len(marginal)
+    givers = {i: fewer for i, (fewer, _) in enumerate(marginal) if fewer and top_k - 1 >= k_min}
+    takers = {i: more for i, (_, more) in enumerate(marginal) if more and top_k + 1 <= k_max}
+    while True:
+        pairs = [
+            (-takers[j][0] - givers[i][0], -i, -j) for i in givers for j in takers if i != j
+        ]  # net gain; ties go to the lower layers
+        if not pairs:
+            return k
+        gain, giver, taker = max(pairs)
+        giver, taker = -giver, -taker
+        if gain <= NOISE * (givers[giver][1] ** 2 + takers[taker][1] ** 2) ** 0.5:
+            return k
+        k[giver] -= 1
+        k[taker] += 1
+        for layer in (giver, taker):
+            givers.pop(layer, None)
+            takers.pop(layer, None)

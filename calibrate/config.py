@@ -1,0 +1,90 @@
+"""What a calibration is asked to do: one frozen, validated object, made from the command line."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DEFAULT_CORPUS = "default"
+
+Ablation = Literal["backfill", "drop"]
+PerturbTarget = Literal["moe", "layer"]
+Scope = Literal["token", "sequence"]
+
+
+class CalibrationError(ValueError):
+    """A calibration that cannot be done as asked: one line with what is wrong and what to do."""
+
+
+class CalibrationOptions(BaseModel):
+    """Every option of `cor-vllm calibrate`; the defaults are the command line's (contract.md)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    model: str
+    output: Path
+    corpus: str | None = None  # None: the shipped corpus, or no held-out text where token_ids is given
+    token_ids: Path | None = None
+    positions: Path | None = None
+    num_tokens: int = Field(default=1000, ge=1)
+    seq_len: int = Field(default=256, ge=2)
+    hard_percentile: float = Field(default=90.0, gt=0, lt=100)
+    easy_percentile: float = Field(default=10.0, gt=0, lt=100)
+    delta: float = Field(default=0.1, gt=-1)
+    epsilon: float = Field(default=1e-6, gt=0)  # nats
+    ablation: Ablation = "backfill"
+    scope: Scope = "token"
+    perturb_scope: Scope = "sequence"
+    perturb_target: PerturbTarget = "moe"
+    algorithm: Literal["plain"] = "plain"
+    intensity: Literal["ratio", "hard", "marginal"] = "ratio"
+    budget: Literal["exact", "paper"] = "exact"
+    k_min: int | None = Field(default=None, ge=1)
+    k_max: int | None = Field(default=None, ge=1)
+    heldout_tokens: int = Field(default=1000, ge=0)
+    tune: bool = False
+    shrink: bool = False
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = None
+    resume: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.delta == 0:
+            raise ValueError("--delta 0 perturbs nothing; give another value, the default is 0.1")
+        if self.easy_percentile > self.hard_percentile:
+            raise ValueError("--easy-percentile must not exceed --hard-percentile")
+        if self.positions and not self.token_ids:
+            raise ValueError("--positions counts positions in given sequences; give them with --token-ids")
+        if self.budget == "paper" and self.intensity == "marginal":
+            raise ValueError("--budget paper rounds proportional quotas, which --intensity marginal has not")
+        if self.budget == "paper" and (self.k_min or self.k_max):
+            raise ValueError("--k-min and --k-max do not apply to --budget paper, which knows no bounds")
+        if self.k_min and self.k_max and self.k_min > self.k_max:
+            raise ValueError(f"--k-min {self.k_min} exceeds --k-max {self.k_max}")
+        if self.tune and self.heldout_tokens < 2:
+            raise ValueError(
+                "--tune splits the held-out positions in two; --heldout-tokens must be at least 2"
+            )
+        if self.tune and self.token_ids and not self.corpus:
+            raise ValueError("--tune needs held-out text; beside --token-ids, give it with --corpus")
+        return self
+
+    @property
+    def heldout_corpus(self) -> str | None:
+        """The corpus that held-out positions come from, or None where there are to be none."""
+        if self.heldout_tokens == 0:
+            return None
+        return self.corpus if self.token_ids else self.corpus or DEFAULT_CORPUS
+
+    def record(self) -> dict[str, Any]:
+        """The options as the scores file keeps them: all but --output and --resume.
+
+        Files are named without their folders, which say nothing about the result.
+        """
+        values = self.model_dump(mode="json", exclude={"model", "output", "resume"})
+        for field in ("corpus", "token_ids", "positions"):
+            if values[field] is not None:
+                values[field] = Path(values[field]).name
+        return values

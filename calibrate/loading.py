@@ -1,0 +1,94 @@
+"""Checkpoints: where they are, whether they can be calibrated, and getting them into memory."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cor_vllm.calibrate.config import CalibrationError
+from cor_vllm.calibrate.moe_model import MoeModel, check_family
+
+
+def model_folder(name: str) -> tuple[Path, str | None]:
+    """The folder of a model given as a folder or as a hub id, and the hub's commit (None for a folder)."""
+    if Path(name).is_dir():
+        return Path(name), None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CalibrationError(f"{name}: neither a folder nor a model that the hub gives: {reason}") from None
+    return folder, folder.name
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers configuration of a checkpoint of a supported family; loads no weights."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise CalibrationError(
+            f"{folder}: holds no config.json; give the folder of a transformers checkpoint"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise CalibrationError(f"{folder}/config.json: {str(error).strip().splitlines()[0]}") from None
+    check_family(config)
+    return config
+
+
+def load_model(folder: Path, dtype: str, device: str | None) -> MoeModel:
+    """Load a checkpoint for calibration.
+
+    Args:
+        folder: a transformers checkpoint of a supported family.
+        dtype: a torch dtype's name, or "auto": float32 on the CPU, the checkpoint's own elsewhere.
+        device: where to; None: CUDA where there is one, else the CPU.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, Mxfp4Config
+    from transformers.utils import logging
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    target = _usable_device(device)
+    if dtype == "auto" and target.type == "cpu":
+        dtype = "float32"
+    config = read_config(folder)
+    extra: dict[str, Any] = {}
+    if getattr(config, "quantization_config", {}).get("quant_method") == "mxfp4":
+        # The MXFP4 kernels route inside the kernel and would never call the router module.
+        extra["quantization_config"] = Mxfp4Config(dequantize=True)
+    logging.disable_progress_bar()
+    try:
+        # Eager experts loop over the experts that a batch uses: any number of experts per token, and no
+        # atomics on distinct ids, so that the same forward gives the same bits.
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            experts_implementation="eager",
+            use_safetensors=True,
+            output_loading_info=True,
+            **extra,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise CalibrationError(f"{folder}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if report["missing_keys"]:
+        # transformers would fill them with random numbers and go on.
+        missing = sorted(report["missing_keys"])
+        raise CalibrationError(
+            f"{folder}: {len(missing)} weights are missing, {missing[0]} first; download it again"
+        )
+    return MoeModel(model.to(target))
+
+
+def _usable_device(device: str) -> torch.device:
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CalibrationError(f"--device {device}: not usable here ({reason})") from None
+    return target

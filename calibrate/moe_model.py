@@ -1,0 +1,227 @@
+"""A transformers MoE model whose routing and outputs can be intervened on.
+
+The routers of transformers 5 share one interface: the router module returns (router_logits [T, N],
+weights [T, K], ids [T, K]) and the block hands weights and ids to its experts. Replacing that output is
+therefore the one mechanism behind every routing intervention, for every supported family.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from cor_vllm.calibrate.config import CalibrationError
+from cor_vllm.kernels.reference import cor_topk
+
+Rule = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""router_logits [T, N] → (weights [T, K] float32, ids [T, K] integer); K is the rule's own."""
+
+LOSS_ROWS = 1024  # rows of vocabulary logits that exist at one time: 0.6 GB at 150,000 words in float32
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one transformers architecture routes."""
+
+    router: str  # attribute of the MoE block
+    renormalize: Callable[[Any], bool]  # config → does the model divide the weights by their sum
+    scale: Callable[[Any], float] = lambda config: 1.0  # config → what multiplies the weights
+
+
+FAMILIES = {
+    "qwen3_moe": Family("gate", lambda config: bool(config.norm_topk_prob)),
+    "qwen2_moe": Family("gate", lambda config: bool(config.norm_topk_prob)),
+    "olmoe": Family("gate", lambda config: bool(config.norm_topk_prob)),
+    "mixtral": Family("gate", lambda config: True),
+    "deepseek_v2": Family("gate", lambda config: False, lambda config: float(config.routed_scaling_factor)),
+    "gpt_oss": Family("router", lambda config: True),
+}
+
+
+def check_family(config: Any) -> Family:
+    """The table entry of a model's configuration.
+
+    Raises:
+        CalibrationError: the family, or its routing method, is not supported; the message names it.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        name = (config.architectures or ["?"])[0]
+        raise CalibrationError(
+            f"{name} (model_type {config.model_type!r}) is not supported; the calibrator knows "
+            f"{', '.join(FAMILIES)}"
+        )
+    if getattr(config, "topk_method", "greedy") != "greedy" and (config.n_group or 1) > 1:
+        raise CalibrationError(
+            f"{config.model_type}: topk_method {config.topk_method!r} with n_group {config.n_group} chooses "
+            "among groups of experts, which the calibrator does not cover; use a model with greedy routing"
+        )
+    if config.model_type == "deepseek_v2" and config.norm_topk_prob:
+        raise CalibrationError(
+            "deepseek_v2: norm_topk_prob is set, which transformers ignores and vLLM does not: the model "
+            "measured would not be the model served"
+        )
+    return family
+
+
+class MoeModel:
+    """A causal language model in evaluation mode, with its M MoE layers numbered 0 to M−1.
+
+    Args:
+        model: a transformers `…ForCausalLM` of a supported family.
+
+    Raises:
+        CalibrationError: unsupported family, no MoE layer, or fewer than two experts.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        family = check_family(config)
+        self.model = model.eval()
+        self.config = config
+        self._decoder_layers: list[nn.Module] = []
+        self._routers: list[nn.Module] = []
+        self.layer_index: list[int] = []  # decoder layer number of each MoE layer
+        for index, layer in enumerate(model.model.layers):
+            if hasattr(layer.mlp, family.router) and hasattr(layer.mlp, "experts"):
+                self._decoder_layers.append(layer)
+                self._routers.append(getattr(layer.mlp, family.router))
+                self.layer_index.append(index)
+        if not self._routers:
+            raise CalibrationError(f"{config.architectures[0]}: this model has no MoE layer to calibrate")
+        self.num_experts: int = config.num_experts
+        self.top_k: int = config.num_experts_per_tok
+        self.renormalize = family.renormalize(config)
+        self.scale = family.scale(config)
+        if self.num_experts < 2:
+            raise CalibrationError(
+                "a single routed expert leaves nothing to choose; no calibration is needed"
+            )
+
+    @property
+    def num_layers(self) -> int:
+        """M, the number of MoE layers."""
+        return len(self._routers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where input ids have to be."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    def route(
+        self, router_logits: torch.Tensor, bias: torch.Tensor | None = None, top_k: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model's own rule with `bias` [N] added to the probabilities, and `top_k` experts (Eq. 9).
+
+        Returns:
+            (weights [T, K] float32, ids [T, K] int32), by descending score.
+        """
+        return cor_topk(router_logits, bias, top_k or self.top_k, self.renormalize, scale=self.scale)
+
+    @torch.inference_mode()
+    def losses(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """ℓ(t) of every position, under whatever interventions are active.
+
+        Args:
+            input_ids: [B, S] integer token ids; rows shorter than S are padded on the right with any id
+                (attention is causal, so padding changes nothing before it).
+
+        Returns:
+            [B, S−1] float32 on the CPU, nats: column t is −log p(token t+1 | tokens ≤ t).
+        """
+        input_ids = input_ids.to(self.device)
+        hidden = self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        flat, targets = hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
+        chunks = [
+            functional.cross_entropy(
+                self.model.lm_head(rows).float(), target.to(rows.device), reduction="none"
+            )
+            for rows, target in zip(flat.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
+        ]
+        return torch.cat(chunks).view(len(input_ids), -1).cpu()
+
+    @contextmanager
+    def routing(self, rules: Mapping[int, Rule], rows: torch.Tensor | None = None) -> Iterator[None]:
+        """Route by `rules` (MoE layer number → rule) instead of by the model.
+
+        Args:
+            rules: layers that are not named keep the model's own routing.
+            rows: [B, S] bool, the tokens whose routing is replaced; None: all.
+        """
+        with ExitStack() as stack:
+            for layer, rule in rules.items():
+                hook = self._routers[layer].register_forward_hook(_replace_routing(rule, rows))
+                stack.callback(hook.remove)
+            yield
+
+    @contextmanager
+    def record_router_logits(self) -> Iterator[list[list[torch.Tensor]]]:
+        """Collect the router logits of every forward: one list per MoE layer, float32 [B·S, N] on the CPU."""
+        records: list[list[torch.Tensor]] = [[] for _ in self._routers]
+
+        def recorder(record: list[torch.Tensor]) -> Callable[..., None]:
+            return lambda module, args, output: record.append(output[0].float().cpu())
+
+        with ExitStack() as stack:
+            for router, record in zip(self._routers, records, strict=True):
+                stack.callback(router.register_forward_hook(recorder(record)).remove)
+            yield records
+
+    @contextmanager
+    def scale_output(
+        self, layer: int, factor: float, rows: torch.Tensor | None = None, whole_layer: bool = False
+    ) -> Iterator[None]:
+        """Multiply what MoE layer `layer` adds to the residual stream, or the stream itself, by `factor`.
+
+        Args:
+            layer: MoE layer number.
+            factor: 1 + δ of Eq. 3.
+            rows: [B, S] bool, the tokens that are scaled; None: all.
+            whole_layer: scale the residual stream after the layer instead of the block's contribution
+                (routed plus shared experts).
+        """
+        decoder_layer = self._decoder_layers[layer]
+        module = decoder_layer if whole_layer else decoder_layer.mlp
+        assert isinstance(module, nn.Module), "a decoder layer without an mlp has no place in this list"
+        hook = module.register_forward_hook(_scale(factor, rows))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def _replace_routing(rule: Rule, rows: torch.Tensor | None) -> Callable[..., tuple[torch.Tensor, ...]]:
+    def hook(module: nn.Module, args: object, output: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        router_logits, own_weights, own_ids = output
+        weights, ids = rule(router_logits)
+        weights, ids = weights.to(own_weights.dtype), ids.to(own_ids.dtype)
+        if rows is not None:
+            # Both sides get the wider width; a slot of weight 0 adds exactly nothing.
+            width = max(weights.shape[1], own_weights.shape[1])
+            chosen = rows.flatten().to(weights.device)[:, None]
+            weights = torch.where(chosen, _widen(weights, width), _widen(own_weights, width))
+            ids = torch.where(chosen, _widen(ids, width), _widen(own_ids, width))
+        return router_logits, weights, ids
+
+    return hook
+
+
+def _widen(values: torch.Tensor, width: int) -> torch.Tensor:
+    return functional.pad(values, (0, width - values.shape[1]))
+
+
+def _scale(factor: float, rows: torch.Tensor | None) -> Callable[..., object]:
+    def hook(module: nn.Module, args: object, output: Any) -> object:
+        # The GPT-OSS block returns its router scores beside the hidden states.
+        hidden = output[0] if isinstance(output, tuple) else output
+        scaled = hidden * factor
+        if rows is not None:
+            scaled = torch.where(rows.to(hidden.device)[:, :, None], scaled, hidden)
+        return (scaled, *output[1:]) if isinstance(output, tuple) else scaled
+
+    return hook

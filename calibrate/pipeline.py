@@ -1,0 +1,162 @@
+"""`cor-vllm calibrate` from its options to the file: order of the steps, progress, resuming."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cor_vllm import __version__
+from cor_vllm import scores as scores_file
+from cor_vllm.calibrate.allocation import bounds
+from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
+from cor_vllm.calibrate.inputs import Inputs, read_inputs
+from cor_vllm.calibrate.loading import load_model, model_folder, read_config
+from cor_vllm.calibrate.measure import LayerMeasurement
+from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.calibrate.plain import PlainAlgorithm, baseline
+from cor_vllm.calibrate.result import assemble
+from cor_vllm.calibrate.state import PartialState
+from cor_vllm.calibrate.stratify import flat_mask, stratify
+from cor_vllm.fingerprint import read_routers
+from cor_vllm.metadata import ModelInfo
+from cor_vllm.scores import Scores
+
+
+def calibrate(options: CalibrationOptions, console: Console) -> Scores:
+    """Calibrate a model and write the scores file.
+
+    Everything that can be refused is refused before the weights load. Finished layers are kept in
+    `<output>.partial`; a run that was killed goes on from there and ends in the same bytes.
+
+    Args:
+        options: what to do.
+        console: where progress and notes go.
+
+    Returns:
+        The scores as written to `options.output`.
+
+    Raises:
+        CalibrationError, FingerprintError: the calibration cannot be done; one line says why.
+        ScoresError: an intervention gave losses that are not finite.
+        OSError: the result cannot be written.
+    """
+    _check_output(options.output)
+    folder, revision = model_folder(options.model)
+    config = read_config(folder)
+    _check_config(options, config)
+    info = ModelInfo(
+        name=options.model if revision else folder.resolve().name,
+        revision=revision,
+        architecture=config.architectures[0],
+        num_experts=config.num_experts,
+        top_k=config.num_experts_per_tok,
+        num_hidden_layers=config.num_hidden_layers,
+        fingerprint=read_routers(folder).fingerprint,
+    )
+    inputs = read_inputs(options, folder, config.vocab_size)
+    console.print(f"loading {info.name} ({info.architecture})", highlight=False)
+    return _measure_and_write(
+        options, info, inputs, load_model(folder, options.dtype, options.device), console
+    )
+
+
+def _measure_and_write(
+    options: CalibrationOptions, info: ModelInfo, inputs: Inputs, model: MoeModel, console: Console
+) -> Scores:
+    base = baseline(model, inputs.sequences)
+    if not base.losses.isfinite().all():
+        raise CalibrationError(
+            f"{int((~base.losses.isfinite()).sum())} of {len(base.losses)} losses are not finite in "
+            f"{model.model.dtype}; try --dtype float32, or check the checkpoint"
+        )
+    given = flat_mask(inputs.hard_positions, inputs.sequences) if inputs.hard_positions else None
+    strata = stratify(base.losses, options.hard_percentile, options.easy_percentile, given)
+    state = PartialState(options.output, _key(options, info, inputs, model), base.losses)
+    done: dict[int, LayerMeasurement] = {}
+    if options.resume:
+        done, note = state.load()
+        if note:
+            console.print(note, highlight=False)
+    with _progress(console) as progress:
+        task = progress.add_task("measuring", total=None, layers="")
+        algorithm = PlainAlgorithm(
+            model, options, inputs.sequences, base, strata, lambda rows: progress.advance(task, rows)
+        )
+        _measure_layers(
+            algorithm, model.num_layers, done, state, lambda **values: progress.update(task, **values)
+        )
+    console.print(
+        "checking the result on held-out text" if inputs.heldout else "no held-out text to check on"
+    )
+    measured = [done[layer] for layer in range(model.num_layers)]
+    result = assemble(model, options, info, inputs, base, strata, measured)
+    scores_file.save(options.output, result)
+    state.remove()
+    return result
+
+
+def _measure_layers(
+    algorithm: PlainAlgorithm,
+    num_layers: int,
+    done: dict[int, LayerMeasurement],
+    state: PartialState,
+    update: Callable[..., None],
+) -> None:
+    rows = [algorithm.rows_per_layer(layer) for layer in range(num_layers)]
+    update(total=sum(rows), completed=sum(rows[layer] for layer in done))
+    for layer in range(num_layers):
+        update(layers=f"layer {layer + 1} of {num_layers}")
+        if layer not in done:
+            done[layer] = algorithm.measure(layer)
+            state.save(done)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description} {task.fields[layers]}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _check_output(output: Path) -> None:
+    if output.is_dir():
+        raise CalibrationError(f"--output {output}: is a folder; give the name of a file")
+    if not output.parent.is_dir():
+        raise CalibrationError(f"--output {output}: there is no folder {output.parent}; create it first")
+    try:
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise CalibrationError(
+            f"--output {output}: {output.parent} cannot be written to ({error.strerror})"
+        ) from None
+
+
+def _check_config(options: CalibrationOptions, config: Any) -> None:
+    bounds(options, config.num_experts, config.num_experts_per_tok)
+    if options.seq_len > config.max_position_embeddings:
+        raise CalibrationError(
+            f"--seq-len {options.seq_len}: this model reads at most {config.max_position_embeddings} tokens"
+        )
+
+
+def _key(options: CalibrationOptions, info: ModelInfo, inputs: Inputs, model: MoeModel) -> str:
+    """Hash of what determines the measurements, for the partial state."""
+    parts = [
+        __version__,
+        options.record(),
+        info.model_dump(),
+        [inputs.sequences, inputs.hard_positions, inputs.tuning, inputs.heldout],
+        [str(model.model.dtype), str(model.device)],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,229 @@
+"""The plain algorithm: one full forward per intervention. Slow, obvious, and the oracle for anything faster.
+
+Rows of a batch do not see each other, so several interventions share a forward call, one per row. Attention
+is causal, so a row whose loss is read at position t alone is cut after token t+1.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from cor_vllm.calibrate.config import CalibrationOptions
+from cor_vllm.calibrate.measure import Baseline, LayerMeasurement
+from cor_vllm.calibrate.moe_model import MoeModel, Rule
+from cor_vllm.calibrate.stratify import Strata, locate
+from cor_vllm.kernels.reference import probabilities, select
+
+TOKENS_PER_FORWARD = 4096
+
+Advance = Callable[[int], None]
+"""Called with the number of rows that a forward has finished."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One intervention: which sequence it runs on and where it acts (position None: everywhere)."""
+
+    sequence: int
+    position: int | None = None
+    expert: int = -1
+
+
+def batches(rows: Sequence[Row], sequences: Sequence[Sequence[int]]) -> Iterator[list[tuple[Row, list[int]]]]:
+    """Rows with the tokens they need, grouped in order so that a padded batch holds ≤ TOKENS_PER_FORWARD."""
+    batch: list[tuple[Row, list[int]]] = []
+    for row in rows:
+        ids = list(sequences[row.sequence])
+        ids = ids if row.position is None else ids[: row.position + 2]
+        width = max(len(ids), *(len(other) for _, other in batch)) if batch else len(ids)
+        if batch and width * (len(batch) + 1) > TOKENS_PER_FORWARD:
+            yield batch
+            batch = []
+        batch.append((row, ids))
+    if batch:
+        yield batch
+
+
+def pad(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+    """[B, S] int64; short rows are filled on the right with id 0, which nothing before it can see."""
+    width = max(map(len, sequences))
+    return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in sequences])
+
+
+def baseline(model: MoeModel, sequences: Sequence[Sequence[int]]) -> Baseline:
+    """Losses and router logits of every position, without intervention.
+
+    Raises:
+        RuntimeError: a router was not called once per forward, so interventions on it would do nothing.
+    """
+    losses: list[torch.Tensor] = []
+    logits: list[list[torch.Tensor]] = [[] for _ in range(model.num_layers)]
+    for batch in batches([Row(s) for s in range(len(sequences))], sequences):
+        input_ids = pad([ids for _, ids in batch])
+        with model.record_router_logits() as records:
+            batch_losses = model.losses(input_ids)
+        losses += [row[: len(ids) - 1] for row, (_, ids) in zip(batch_losses, batch, strict=True)]
+        for layer, record in enumerate(records):
+            if len(record) != 1:
+                raise RuntimeError(
+                    f"the router of MoE layer {layer} ran {len(record)} times in one forward, not once: the "
+                    "loaded model bypasses its router module, and calibrating it would measure nothing"
+                )
+            per_row = record[0].view(*input_ids.shape, -1)
+            logits[layer] += [row[: len(ids) - 1] for row, (_, ids) in zip(per_row, batch, strict=True)]
+    return Baseline(torch.cat(losses), [torch.cat(layer) for layer in logits])
+
+
+class PlainAlgorithm:
+    """Measures one layer at a time.
+
+    Args:
+        model: the model.
+        options: scopes, targets, ablation, delta, intensity.
+        sequences: the calibration sequences.
+        base: their baseline.
+        strata: their hard and easy positions.
+        advance: progress.
+    """
+
+    def __init__(
+        self,
+        model: MoeModel,
+        options: CalibrationOptions,
+        sequences: Sequence[Sequence[int]],
+        base: Baseline,
+        strata: Strata,
+        advance: Advance = lambda rows: None,
+    ) -> None:
+        self._model, self._options, self._sequences = model, options, sequences
+        self._advance = advance
+        starts = [0]
+        for ids in sequences:
+            starts.append(starts[-1] + len(ids) - 1)
+        self._starts = starts
+        self._losses = base.losses.double()
+        self._hard_mask, self._easy_mask = strata.hard, strata.easy
+        self._hard = locate(strata.hard, sequences)
+        self._easy = locate(strata.easy, sequences)
+        self._active = [
+            model.route(router_logits[strata.hard])[1].long() for router_logits in base.router_logits
+        ]  # per layer [H, top_k]
+
+    def rows_per_layer(self, layer: int) -> int:
+        """How many rows `measure(layer)` will run: the unit of progress."""
+        sensitivity = self._sensitivity_rows()
+        return len(sensitivity) + len(self._ablation_rows(layer)) + len(self._hard) * len(self._other_k())
+
+    def measure(self, layer: int) -> LayerMeasurement:
+        """Every loss change of MoE layer `layer` (Eq. 3 and Eq. 5 to 7), nats, float64."""
+        hard, easy = self._sensitivity(layer)
+        fewer, more = (
+            self._at_hard(layer, k) if k in self._other_k() else None
+            for k in (self._model.top_k - 1, self._model.top_k + 1)
+        )
+        return LayerMeasurement(hard, easy, self._active[layer], self._ablations(layer), fewer, more)
+
+    def _run(
+        self, rows: Sequence[Row], intervene: Callable[..., AbstractContextManager[None]]
+    ) -> list[torch.Tensor]:
+        """Loss minus baseline, float64: [1] at the row's position, [S−1] where the row acts everywhere."""
+        changes: list[torch.Tensor] = []
+        for batch in batches(rows, self._sequences):
+            input_ids = pad([ids for _, ids in batch])
+            where = torch.zeros(input_ids.shape, dtype=torch.bool)
+            for i, (row, _) in enumerate(batch):
+                where[i, slice(None) if row.position is None else row.position] = True
+            experts = torch.tensor([row.expert for row, _ in batch])[:, None].expand(input_ids.shape)
+            with intervene(where, experts):
+                losses = self._model.losses(input_ids).double()
+            for (row, ids), values in zip(batch, losses, strict=True):
+                start = self._starts[row.sequence]
+                at = slice(0, len(ids) - 1) if row.position is None else slice(row.position, row.position + 1)
+                changes.append(values[at] - self._losses[start : start + len(ids) - 1][at])
+            self._advance(len(batch))
+        return changes
+
+    def _sensitivity_rows(self) -> list[Row]:
+        if self._options.perturb_scope == "sequence":
+            return [Row(s) for s in range(len(self._sequences))]
+        return [Row(s, t) for s, t in self._hard + self._easy]
+
+    def _sensitivity(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def scale(where: torch.Tensor, experts: torch.Tensor) -> AbstractContextManager[None]:
+            return self._model.scale_output(
+                layer, 1 + self._options.delta, where, self._options.perturb_target == "layer"
+            )
+
+        changes = torch.cat(self._run(self._sensitivity_rows(), scale))
+        if self._options.perturb_scope == "sequence":
+            return changes[self._hard_mask], changes[self._easy_mask]
+        return changes[: len(self._hard)], changes[len(self._hard) :]
+
+    def _ablation_rows(self, layer: int) -> list[Row]:
+        active = self._active[layer].tolist()
+        if self._options.scope == "token":
+            return [Row(s, t, e) for (s, t), ids in zip(self._hard, active, strict=True) for e in ids]
+        pairs = {(s, e) for (s, _), ids in zip(self._hard, active, strict=True) for e in ids}
+        return [Row(s, None, e) for s, e in sorted(pairs)]
+
+    def _ablations(self, layer: int) -> torch.Tensor:
+        """Δℓ of each hard position without each of its active experts: [H, top_k]."""
+
+        def take_away(where: torch.Tensor, experts: torch.Tensor) -> AbstractContextManager[None]:
+            rule = without(self._model, experts.flatten(), self._options.ablation)
+            return self._model.routing({layer: rule}, where)
+
+        rows = self._ablation_rows(layer)
+        changes = self._run(rows, take_away)
+        if self._options.scope == "token":
+            return torch.cat(changes).view(len(self._hard), self._model.top_k)
+        by_pair = {(row.sequence, row.expert): change for row, change in zip(rows, changes, strict=True)}
+        active = self._active[layer].tolist()
+        hard = zip(self._hard, active, strict=True)
+        values = [[by_pair[s, e][t].item() for e in ids] for (s, t), ids in hard]
+        return torch.tensor(values, dtype=torch.float64)
+
+    def _other_k(self) -> list[int]:
+        """top_k − 1 and top_k + 1, where `--intensity marginal` asks for them and they exist."""
+        if self._options.intensity != "marginal":
+            return []
+        model = self._model
+        return [k for k in (model.top_k - 1, model.top_k + 1) if 1 <= k <= model.num_experts]
+
+    def _at_hard(self, layer: int, top_k: int) -> torch.Tensor:
+        """Δℓ of each hard position with `top_k` experts at this layer: [H]."""
+
+        def with_k(where: torch.Tensor, experts: torch.Tensor) -> AbstractContextManager[None]:
+            return self._model.routing({layer: lambda logits: self._model.route(logits, top_k=top_k)}, where)
+
+        return torch.cat(self._run([Row(s, t) for s, t in self._hard], with_k))
+
+
+def without(model: MoeModel, experts: torch.Tensor, ablation: str) -> Rule:
+    """Routing with one expert per token taken away (Eq. 5).
+
+    g̃ is g with e set to 0 and the rest divided by 1 − g_e, which is the softmax over the other experts;
+    taking it from the logits keeps it exact where g_e is close to 1.
+
+    Args:
+        model: whose top_k, renormalisation and scale apply.
+        experts: [T] integer, the expert that token loses.
+        ablation: `backfill`: top-k and weights of g̃, so the next-best expert moves up. `drop`: the active
+            experts stay, e with weight 0 and the others with g̃ (renormalised where the model does); where e
+            was not active nothing changes. With a single active expert the token gets no routed expert.
+    """
+
+    def rule(router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        taken = experts.to(router_logits.device)[:, None]
+        probs = probabilities(router_logits)
+        reduced = probabilities(router_logits.float().scatter(1, taken, -torch.inf))
+        if ablation == "backfill":
+            return select(reduced, reduced, model.top_k, model.renormalize, model.scale)
+        affected = (select(probs, probs, model.top_k, False)[1] == taken).any(dim=1, keepdim=True)
+        return select(
+            torch.where(affected, reduced, probs), probs, model.top_k, model.renormalize, model.scale
+        )
+
+    return rule

@@ -1,0 +1,142 @@
+"""`cor-vllm show`: what is in a scores file, as a table or as JSON."""
+
+import json
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cor_vllm.metadata import HeldoutInfo
+from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
+
+DORMANT_CEI = 0.5  # normalised: the upper half of the layer's range
+SIGNIFICANT = 2.0  # standard errors
+RELIABLE = 0.5  # split-half correlation below which CEI is more noise than signal
+
+
+def dormant(scores: Scores) -> torch.Tensor:
+    """Experts that the router rarely chooses although taking them away hurts: [M, N] bool.
+
+    Mean router probability below an even share (1/N), normalised CEI of at least DORMANT_CEI, and a positive
+    raw CEI.
+    """
+    rare = scores.router_prob < 1 / scores.num_experts
+    return rare & (scores.cei >= DORMANT_CEI) & (scores.cei_raw > 0)
+
+
+def warnings(scores: Scores) -> list[str]:
+    """One line for each reason to distrust the file, by its own numbers."""
+    config, lines = scores.config, []
+    heldout = config.heldout.modes.get(config.serving.mode) if config.heldout else None
+    if heldout and heldout.all.difference > SIGNIFICANT * heldout.all.sem:
+        lines.append(
+            f"held-out check: mode {config.serving.mode} is worse than stock routing by "
+            f"{heldout.all.difference:.4f} ± {heldout.all.sem:.4f} nats; try --tune, or serve with "
+            "--cor-mode off"
+        )
+    details = config.calibration.model_extra or {}
+    sems = details.get("sensitivity_easy_sem")
+    if sems and details.get("intensity") == "ratio":
+        unclear = (scores.sensitivity_easy.abs() <= SIGNIFICANT * torch.tensor(sems)).sum().item()
+        if unclear:
+            lines.append(
+                f"S(easy) is not distinguishable from zero in {unclear} of {scores.num_layers} layers, so "
+                "R_l is mostly noise there; --intensity hard or marginal is steadier"
+            )
+    correlation = details.get("cei_split_half")
+    if correlation is not None and correlation < RELIABLE:
+        lines.append(
+            f"CEI from one half of the {config.calibration.num_hard} hard positions correlates with the "
+            f"other half at {correlation:.2f} only; raise --num-tokens"
+        )
+    return lines
+
+
+def as_json(scores: Scores) -> str:
+    """Everything that the table shows and the whole `config`, for machines."""
+    layers = []
+    asleep = dormant(scores)
+    intervals = (scores.config.calibration.model_extra or {}).get("rki_interval")
+    for m in range(scores.num_layers):
+        layers.append({
+            "layer": scores.layer_index[m].item(),
+            "rki": scores.rki[m].item(),
+            "rki_interval": intervals[m] if intervals else None,
+            "sensitivity_hard": scores.sensitivity_hard[m].item(),
+            "sensitivity_easy": scores.sensitivity_easy[m].item(),
+            "k": scores.k[m].item(),
+            "cei_raw_min": scores.cei_raw[m].min().item(),
+            "cei_raw_max": scores.cei_raw[m].max().item(),
+            "experts_seen": int((scores.cei_count[m] > 0).sum()),
+            "dormant_experts": asleep[m].nonzero().flatten().tolist(),
+            "swap_rate": dict(zip(map(str, SWAP_RATE_LAMBDAS), scores.swap_rate[m].tolist(), strict=True)),
+        })  # fmt: skip
+    config: dict[str, Any] = scores.config.model_dump(mode="json", by_alias=True)
+    return json.dumps({"config": config, "layers": layers, "warnings": warnings(scores)}, indent=2)
+
+
+def print_scores(scores: Scores, console: Console) -> None:
+    """Header, per-layer table, swap rates, held-out table, warnings."""
+    config = scores.config
+    calibration, budget = config.calibration, config.budget
+    console.print(
+        f"{config.model.name} ({config.model.architecture}): {scores.num_layers} MoE layers, "
+        f"{scores.num_experts} experts, top_k {config.model.top_k}\n"
+        f"calibrated on {calibration.corpus}: {calibration.num_positions} positions, "
+        f"{calibration.num_hard} hard (loss > {calibration.tau_high:.3f} nats), "
+        f"{calibration.num_easy} easy (< {calibration.tau_low:.3f})\n"
+        f"budget {budget.rule}: Σ k = {budget.sum} of {budget.total}, k from {budget.k_min} to "
+        f"{budget.k_max}; "
+        f"served by default with mode {config.serving.mode}, λ = {config.serving.lambda_:g}",
+        highlight=False,
+    )
+    console.print(_layer_table(scores))
+    rates = scores.swap_rate.double().mean(0).tolist()
+    shares = ", ".join(f"{lam:g}: {rate:.1%}" for lam, rate in zip(SWAP_RATE_LAMBDAS, rates, strict=True))
+    console.print(f"slots that λ changes, mean over layers: {shares}", highlight=False)
+    reliability = (calibration.model_extra or {}).get("cei_split_half")
+    if reliability is not None:
+        console.print(f"CEI split-half correlation: {reliability:.2f}", highlight=False)
+    if config.heldout:
+        console.print(_heldout_table(config.heldout))
+    for line in warnings(scores):
+        console.print(f"warning: {line}", style="yellow", highlight=False)
+
+
+def _layer_table(scores: Scores) -> Table:
+    table = Table("layer", "R_l", "95 % interval", "k_l", "CEI, nats", "seen", "dormant experts")
+    for column in table.columns[:4]:
+        column.justify = "right"
+    asleep = dormant(scores)
+    intervals = (scores.config.calibration.model_extra or {}).get("rki_interval")
+    for m in range(scores.num_layers):
+        raw = scores.cei_raw[m]
+        ids = asleep[m].nonzero().flatten().tolist()
+        table.add_row(
+            str(scores.layer_index[m].item()),
+            f"{scores.rki[m].item():.3g}",
+            "{:.3g} … {:.3g}".format(*intervals[m]) if intervals else "",
+            str(scores.k[m].item()),
+            f"{raw.min().item():+.4f} … {raw.max().item():+.4f}",
+            f"{int((scores.cei_count[m] > 0).sum())}/{scores.num_experts}",
+            f"{len(ids)}: {' '.join(map(str, ids[:8]))}{' …' if len(ids) > 8 else ''}" if ids else "0",
+        )
+    return table
+
+
+def _heldout_table(heldout: HeldoutInfo) -> Table:
+    lam = (heldout.model_extra or {}).get("lambda")
+    title = f"held-out loss, nats: {heldout.positions} positions, {heldout.hard_positions} hard"
+    table = Table(
+        "mode", "all", "− stock", "hard", "− stock", title=f"{title}, λ = {lam:g}" if lam else title
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for mode, loss in heldout.modes.items():
+        cells = []
+        for stat in (loss.all, loss.hard):
+            difference = "" if mode == "stock" else f"{stat.difference:+.4f} ± {stat.sem:.4f}"
+            cells += [f"{stat.mean:.4f}", difference]
+        table.add_row(mode, *cells)
+    return table

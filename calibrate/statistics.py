@@ -1,0 +1,124 @@
+"""From single loss changes to the numbers of a scores file. Pure torch; all sums in float64."""
+
+from dataclasses import dataclass
+
+import torch
+
+BOOTSTRAP_DRAWS = 1000
+
+
+def mean_and_sem(values: torch.Tensor) -> tuple[float, float]:
+    """Mean of [n] samples and its standard error, std(ddof=1)/√n; 0 below 2 samples."""
+    values = values.double()
+    sem = values.std(unbiased=True).item() / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return values.mean().item(), sem
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertImpact:
+    """CEI of one layer before normalisation; N experts."""
+
+    raw: torch.Tensor  # [N] float64, mean rescue gain, nats; 0 where count is 0
+    sem: torch.Tensor  # [N] float64, its standard error; 0 below 2 samples
+    count: torch.Tensor  # [N] int64, hard positions where the expert was active
+
+
+def expert_impact(active: torch.Tensor, ablation: torch.Tensor, num_experts: int) -> ExpertImpact:
+    """Average the loss changes per expert (Eq. 7).
+
+    Args:
+        active: [H, K] int64 expert ids.
+        ablation: [H, K] float64 loss changes, nats.
+        num_experts: N.
+    """
+    ids, changes = active.flatten(), ablation.flatten().double()
+    zero = torch.zeros(num_experts, dtype=torch.float64)
+    count = torch.bincount(ids, minlength=num_experts)
+    mean = zero.index_add(0, ids, changes) / count.clamp(min=1)
+    squares = zero.index_add(0, ids, (changes - mean[ids]) ** 2)
+    sem = torch.where(count > 1, (squares / (count - 1).clamp(min=1) / count.clamp(min=1)).sqrt(), 0.0)
+    return ExpertImpact(mean, sem, count)
+
+
+def shrink(impact: ExpertImpact) -> torch.Tensor:
+    """Empirical-Bayes shrinkage of one layer's CEI towards 0 by its own sampling error: [N] float64.
+
+        shrunk = raw · τ² / (τ² + sem²),   τ² = max(0, mean(raw² − sem²))
+
+    τ² is the method-of-moments variance of the true values around 0, over experts with two samples or more.
+    An expert seen once has no error of its own and gets that of one draw with the layer's pooled variance;
+    one never seen stays 0. A layer whose values are no larger than their errors (τ² = 0) becomes 0.
+    """
+    measured = impact.count > 1
+    if not measured.any():
+        return torch.zeros_like(impact.raw)
+    squared_error = impact.sem**2
+    tau = (impact.raw**2 - squared_error)[measured].mean().clamp(min=0)
+    freedom = (impact.count[measured] - 1).double()
+    pooled = (squared_error * impact.count)[measured] @ freedom / freedom.sum()
+    squared_error = torch.where(measured, squared_error, pooled)
+    total = tau + squared_error
+    return impact.raw * torch.where(total > 0, tau / torch.where(total > 0, total, 1.0), 0.0)
+
+
+def normalise(values: torch.Tensor) -> torch.Tensor:
+    """Min-max of one layer's [N] values to [0, 1], float32; all equal: 0 everywhere."""
+    low, high = values.min(), values.max()
+    if low == high:
+        return torch.zeros(len(values))
+    # The clamp holds the range where the division of very small differences rounds beyond it.
+    return ((values - low) / (high - low)).clamp(0, 1).float()
+
+
+def relative_intensity(hard: float, easy: float, epsilon: float) -> float:
+    """R_l = S_l(hard) / (S_l(easy) + ε) (Eq. 4); 0 where the denominator is exactly 0."""
+    denominator = easy + epsilon
+    return hard / denominator if denominator else 0.0
+
+
+def intensity_interval(
+    hard: torch.Tensor, easy: torch.Tensor, epsilon: float, seed: int
+) -> tuple[float, float]:
+    """95 % bootstrap interval of R_l; its [H] hard and [E] easy samples are resampled independently."""
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    for samples in (hard.double(), easy.double()):
+        drawn = torch.randint(len(samples), (BOOTSTRAP_DRAWS, len(samples)), generator=generator)
+        means.append(samples[drawn].mean(dim=1))
+    denominator = means[1] + epsilon
+    ratios = torch.where(denominator == 0, 0.0, means[0] / torch.where(denominator == 0, 1.0, denominator))
+    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def split_half_correlation(
+    layers: list[tuple[torch.Tensor, torch.Tensor]], num_experts: int, seed: int
+) -> float | None:
+    """How well CEI from one random half of the hard positions predicts CEI from the other.
+
+    Args:
+        layers: (active [H, K], ablation [H, K]) of every layer.
+        num_experts: N.
+        seed: of the split.
+
+    Returns:
+        Pearson correlation over all experts seen in both halves, layer means removed; None where fewer than
+        three experts were, or where a half does not vary.
+    """
+    hard = len(layers[0][0])
+    order = torch.randperm(hard, generator=torch.Generator().manual_seed(seed))
+    sides: list[list[torch.Tensor]] = [[], []]
+    for active, ablation in layers:
+        halves = [
+            expert_impact(active[rows], ablation[rows], num_experts)
+            for rows in (order[: hard // 2], order[hard // 2 :])
+        ]
+        both = (halves[0].count > 0) & (halves[1].count > 0)
+        for side, half in zip(sides, halves, strict=True):
+            if both.any():
+                side.append(half.raw[both] - half.raw[both].mean())
+    if sum(map(len, sides[0])) < 3:
+        return None
+    first, second = torch.cat(sides[0]), torch.cat(sides[1])
+    scale = (first.norm() * second.norm()).item()
+    return (first @ second).item() / scale if scale > 0 else None

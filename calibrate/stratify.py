@@ -1,0 +1,67 @@
+"""Hard and easy positions (paper 3.2.1), and the positions of a set of sequences in one flat order.
+
+Positions of all sequences stand in one row, sequence by sequence: P = Σ (S−1).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cor_vllm.calibrate.config import CalibrationError
+
+
+@dataclass(frozen=True, eq=False)
+class Strata:
+    """Which positions are hard and which easy."""
+
+    hard: torch.Tensor  # [P] bool
+    easy: torch.Tensor  # [P] bool
+    tau_high: float  # nats
+    tau_low: float  # nats
+
+
+def stratify(
+    losses: torch.Tensor,
+    hard_percentile: float,
+    easy_percentile: float,
+    hard_positions: torch.Tensor | None = None,
+) -> Strata:
+    """Split positions by their loss: hard above the one percentile, easy below the other.
+
+    Args:
+        losses: [P] float32 ℓ of all calibration positions, nats.
+        hard_percentile, easy_percentile: 0 to 100, linear interpolation.
+        hard_positions: [P] bool, takes the place of the upper percentile; what it names is never easy.
+
+    Raises:
+        CalibrationError: no hard or no easy position.
+
+    Source: 3.2.1.
+    """
+    exact = losses.double()
+    tau_high = torch.quantile(exact, hard_percentile / 100).item()
+    tau_low = torch.quantile(exact, easy_percentile / 100).item()
+    hard = exact > tau_high if hard_positions is None else hard_positions
+    easy = (exact < tau_low) & ~hard
+    for name, chosen in (("hard", hard), ("easy", easy)):
+        if not chosen.any():
+            raise CalibrationError(
+                f"no {name} position among {len(losses)}: their losses are too few or too equal; "
+                "raise --num-tokens or move the percentiles"
+            )
+    return Strata(hard, easy, tau_high, tau_low)
+
+
+def flat_mask(positions: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+    """[P] bool from one list of position indexes per sequence."""
+    masks = [torch.zeros(len(ids) - 1, dtype=torch.bool) for ids in sequences]
+    for mask, indexes in zip(masks, positions, strict=True):
+        mask[list(indexes)] = True
+    return torch.cat(masks)
+
+
+def locate(mask: torch.Tensor, sequences: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """The (sequence, position) of each True of a flat mask, in order."""
+    pairs = [(s, t) for s, ids in enumerate(sequences) for t in range(len(ids) - 1)]
+    return [pair for pair, chosen in zip(pairs, mask.tolist(), strict=True) if chosen]

@@ -1,0 +1,352 @@
+"""A whole calibration on a tiny model: the file, its checks, killing and resuming it, the plots."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from cor_vllm import scores as scores_file
+from cor_vllm.budget import allocate, allocate_paper
+from cor_vllm.calibrate import pipeline, state
+from cor_vllm.calibrate import result as result_module
+from cor_vllm.calibrate.allocation import move_units
+from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
+from cor_vllm.calibrate.heldout import Tables, check
+from cor_vllm.calibrate.inputs import read_inputs
+from cor_vllm.calibrate.loading import load_model
+from cor_vllm.calibrate.pipeline import calibrate
+from cor_vllm.calibrate.plain import PlainAlgorithm, baseline
+from cor_vllm.calibrate.stratify import stratify
+from cor_vllm.fingerprint import read_routers
+from cor_vllm.scores import SWAP_RATE_LAMBDAS
+from tests import tiny_models
+
+SMALL: dict[str, Any] = {"num_tokens": 60, "seq_len": 24, "heldout_tokens": 40}
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.build("deepseek_v2", tmp_path_factory.mktemp("models") / "tiny-deepseek")
+
+
+@pytest.fixture(scope="module")
+def result(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("result") / "scores.safetensors"
+    calibrate(options(checkpoint, output), QUIET)
+    return output
+
+
+def options(model: Path, output: Path, **values: Any) -> CalibrationOptions:
+    return CalibrationOptions(model=str(model), output=output, **(SMALL | values))
+
+
+def test_the_file_says_what_was_done(result: Path, checkpoint: Path) -> None:
+    scores = scores_file.load(result)
+    config = scores.config
+    assert config.model.name == "tiny-deepseek" and config.model.revision is None
+    assert config.model.architecture == "DeepseekV2ForCausalLM"
+    assert (config.model.num_experts, config.model.top_k, config.model.num_hidden_layers) == (6, 2, 3)
+    assert config.model.fingerprint == read_routers(checkpoint).fingerprint
+    assert scores.layer_index.tolist() == [1, 2]
+    assert config.budget.model_dump() == {"rule": "exact", "k_min": 1, "k_max": 4, "total": 4, "sum": 4}
+    assert config.serving.model_dump(by_alias=True) == {"lambda": 0.1, "mode": "full"}
+    assert set(config.versions) == {"cor-vllm", "torch", "transformers"}
+    recorded = config.calibration.model_dump()
+    for name in CalibrationOptions.model_fields.keys() - {"model", "output", "resume"}:
+        assert name in recorded, f"option {name} is not in the file"
+    assert (recorded["corpus"], recorded["dtype"], recorded["device"]) == ("default", "float32", "cpu")
+    assert (recorded["num_positions"], recorded["num_hard"], recorded["num_easy"]) == (60, 6, 6)
+    assert not state.partial_path(result).exists()
+
+
+def test_the_numbers_are_those_of_the_measurements(result: Path, checkpoint: Path) -> None:
+    """Every tensor again, from single measurements, by hand."""
+    scores = scores_file.load(result)
+    chosen = options(checkpoint, result)
+    model = load_model(checkpoint, "auto", "cpu")
+    inputs = read_inputs(chosen, checkpoint, model.config.vocab_size)
+    base = baseline(model, inputs.sequences)
+    strata = stratify(base.losses, 90, 10)
+    algorithm = PlainAlgorithm(model, chosen, inputs.sequences, base, strata)
+    assert scores.config.calibration.tau_high == strata.tau_high
+    for m in range(2):
+        measured = algorithm.measure(m)
+        hard, easy = measured.hard.mean().item(), measured.easy.mean().item()
+        assert scores.sensitivity_hard[m].item() == pytest.approx(hard, rel=1e-6)
+        assert scores.sensitivity_easy[m].item() == pytest.approx(easy, rel=1e-6)
+        assert scores.rki[m].item() == pytest.approx(hard / (easy + 1e-6), rel=1e-5)
+        for expert in range(6):
+            own = measured.ablation[measured.active == expert]
+            assert scores.cei_count[m, expert] == len(own)
+            if len(own):
+                assert scores.cei_raw[m, expert].item() == pytest.approx(own.mean().item(), rel=1e-5)
+        raw = scores.cei_raw[m]
+        torch.testing.assert_close(scores.cei[m], (raw - raw.min()) / (raw.max() - raw.min()))
+        probs = base.router_logits[m].softmax(-1)
+        torch.testing.assert_close(scores.router_prob[m], probs[strata.hard].mean(0))
+        stock = probs.topk(2).indices
+        for column, lam in enumerate(SWAP_RATE_LAMBDAS):
+            routed = (probs + lam * scores.cei[m]).topk(2).indices
+            swapped = sum(len(set(a) - set(b)) for a, b in zip(stock.tolist(), routed.tolist(), strict=True))
+            assert scores.swap_rate[m, column].item() == pytest.approx(swapped / (2 * 60))
+
+
+def test_heldout_check_by_hand(result: Path, checkpoint: Path) -> None:
+    scores = scores_file.load(result)
+    heldout = scores.config.heldout
+    assert heldout is not None and (heldout.positions, heldout.hard_positions) == (40, 4)
+    assert list(heldout.modes) == ["stock", "layer", "expert", "full", "random"]
+    model = load_model(checkpoint, "auto", "cpu")
+    sequences = read_inputs(options(checkpoint, result), checkpoint, 512).heldout
+
+    def losses(k: list[int], lam: float) -> torch.Tensor:
+        def rule(m: int) -> Any:
+            def route(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                probs = logits.softmax(-1)
+                ids = (probs + lam * scores.cei[m]).topk(k[m]).indices
+                return 1.5 * probs.gather(1, ids), ids
+
+            return route
+
+        with model.routing({m: rule(m) for m in range(2)}):
+            return torch.cat([model.losses(torch.tensor([ids]))[0] for ids in sequences]).double()
+
+    stock = losses([2, 2], 0.0)
+    hard = stock > torch.quantile(stock, 0.9)
+    for mode, values in {
+        "layer": losses(scores.k.tolist(), 0.0),
+        "expert": losses([2, 2], 0.1),
+        "full": losses(scores.k.tolist(), 0.1),
+    }.items():
+        for stat, rows in ((heldout.modes[mode].all, hard | True), (heldout.modes[mode].hard, hard)):
+            change = (values - stock)[rows]
+            assert stat.mean == pytest.approx(values[rows].mean().item(), abs=1e-5)
+            assert stat.difference == pytest.approx(change.mean().item(), abs=1e-5)
+            assert stat.sem == pytest.approx(change.std().item() / len(change) ** 0.5, abs=1e-5)
+
+
+def test_no_heldout_check_on_request(checkpoint: Path, tmp_path: Path) -> None:
+    scores = calibrate(options(checkpoint, tmp_path / "s", heldout_tokens=0), QUIET)
+    assert scores.config.heldout is None
+
+
+def test_tune_takes_the_best_setting_and_reports_on_the_other_half(checkpoint: Path, tmp_path: Path) -> None:
+    scores = calibrate(options(checkpoint, tmp_path / "s", tune=True), QUIET)
+    heldout = scores.config.heldout
+    assert heldout is not None and heldout.model_extra is not None
+    tuning = heldout.model_extra["tuning"]
+    trials = {(trial["mode"], trial["lambda"]): trial["difference"] for trial in tuning["trials"]}
+    assert (heldout.positions, tuning["positions"]) == (20, 20)
+    assert len(trials) == 2 + 2 * len(SWAP_RATE_LAMBDAS) and trials["off", 0.0] == 0.0
+    best = min(trials, key=lambda key: trials[key])
+    assert (scores.config.serving.mode, scores.config.serving.lambda_) == best
+    # The reported `full` is the one with the tuned λ, on the other half.
+    model = load_model(checkpoint, "auto", "cpu")
+    inputs = read_inputs(options(checkpoint, tmp_path / "s", tune=True), checkpoint, 512)
+    tables = Tables(scores.k.tolist(), scores.cei)
+    again = check(model, inputs.heldout, tables, best[1] or 0.1, 90, 0)
+    assert again.modes["full"] == heldout.modes["full"]
+
+
+@pytest.mark.parametrize("intensity", ["ratio", "hard"])
+def test_the_intensity_decides_the_budget(
+    checkpoint: Path, tmp_path: Path, intensity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    budget = result_module.budget
+
+    def recording(chosen: Any, num_experts: int, top_k: int, values: list[float], *rest: Any) -> Any:
+        seen.append(values)
+        return budget(chosen, num_experts, top_k, values, *rest)
+
+    monkeypatch.setattr(result_module, "budget", recording)
+    scores = calibrate(options(checkpoint, tmp_path / "s", heldout_tokens=0, intensity=intensity), QUIET)
+    expected = scores.rki if intensity == "ratio" else scores.sensitivity_hard
+    assert seen[0] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert scores.k.tolist() == allocate(seen[0], 4, 1, 4)
+
+
+def test_marginal_budget(checkpoint: Path, tmp_path: Path) -> None:
+    scores = calibrate(options(checkpoint, tmp_path / "s", heldout_tokens=0, intensity="marginal"), QUIET)
+    assert scores.k.sum() == scores.config.budget.sum == 4
+    marginal = (scores.config.calibration.model_extra or {})["marginal"]
+    pairs = [(tuple(layer["fewer"]), tuple(layer["more"])) for layer in marginal]
+    assert scores.k.tolist() == move_units(pairs, 2, 1, 4)  # type: ignore[arg-type]
+
+
+def test_paper_budget(checkpoint: Path, tmp_path: Path) -> None:
+    scores = calibrate(options(checkpoint, tmp_path / "s", heldout_tokens=0, budget="paper"), QUIET)
+    info = scores.config.budget
+    assert (info.rule, info.k_min, info.k_max, info.total) == ("paper", 1, 6, 4)
+    assert info.sum == scores.k.sum() and scores.k.tolist() == allocate_paper(scores.rki.tolist(), 4, 6)
+
+
+def test_shrink_changes_cei_but_not_raw(checkpoint: Path, result: Path, tmp_path: Path) -> None:
+    plain = scores_file.load(result)
+    shrunk = calibrate(options(checkpoint, tmp_path / "s", heldout_tokens=0, shrink=True), QUIET)
+    assert torch.equal(shrunk.cei_raw, plain.cei_raw)
+    assert not torch.equal(shrunk.cei, plain.cei)
+
+
+def test_given_ids_and_positions(checkpoint: Path, tmp_path: Path) -> None:
+    sequences = torch.randint(0, 512, (3, 9), generator=torch.Generator().manual_seed(1)).tolist()
+    ids, positions = tmp_path / "ids.json", tmp_path / "positions.json"
+    ids.write_text(json.dumps(sequences))
+    positions.write_text("[[7], [], [0, 3]]")
+    scores = calibrate(options(checkpoint, tmp_path / "s", token_ids=ids, positions=positions), QUIET)
+    info = scores.config.calibration
+    assert (info.corpus, info.num_positions, info.num_hard) == ("ids.json", 24, 3)
+    assert scores.cei_count.sum(dim=1).tolist() == [6, 6]
+    assert scores.config.heldout is None
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
+    measure = PlainAlgorithm.measure
+
+    def interrupted(self: PlainAlgorithm, layer: int) -> Any:
+        if layer == layers:
+            raise KeyboardInterrupt
+        return measure(self, layer)
+
+    monkeypatch.setattr(PlainAlgorithm, "measure", interrupted)
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    checkpoint: Path, result: Path, tmp_path: Path, layers: int
+) -> None:
+    output = tmp_path / "scores.safetensors"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_after(monkeypatch, layers)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(options(checkpoint, output), QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == (["scores.safetensors.partial"] if layers else [])
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        measured = []
+        measure = PlainAlgorithm.measure
+        monkeypatch.setattr(
+            PlainAlgorithm, "measure", lambda self, layer: (measured.append(layer), measure(self, layer))[1]
+        )
+        calibrate(options(checkpoint, output), QUIET)
+    assert measured == list(range(layers, 2)), "finished layers are not measured again"
+    assert output.read_bytes() == result.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors"]
+
+
+@pytest.mark.parametrize("damage", ["options", "weights", "bytes", "no-resume"])
+def test_partial_state_that_does_not_belong_is_ignored(checkpoint: Path, tmp_path: Path, damage: str) -> None:
+    model = tiny_models.build("deepseek_v2", tmp_path / "tiny-deepseek")
+    output = tmp_path / "scores.safetensors"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_after(monkeypatch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(options(model, output), QUIET)
+    values: dict[str, Any] = {}
+    if damage == "options":
+        values["delta"] = 0.2
+    elif damage == "no-resume":
+        values["resume"] = False
+    elif damage == "bytes":
+        state.partial_path(output).write_bytes(b"half")
+    else:  # the same routers, another head: the fingerprint cannot see it
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(model / "model.safetensors")
+        tensors["lm_head.weight"] *= 1.1
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    console = Console(record=True, file=io.StringIO())
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        interrupt_after(monkeypatch, 0)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(options(model, output, **values), console)
+    expected = {"options": "another calibration", "weights": "other model weights", "bytes": "damaged"}
+    assert expected.get(damage, "loading") in " ".join(console.export_text().split())
+
+
+def test_a_failing_write_leaves_no_half_file(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    output = tmp_path / "scores.safetensors"
+    with pytest.raises(OSError, match="No space left"):
+        calibrate(options(checkpoint, output), QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors.partial"]
+
+
+def test_losses_that_are_not_finite(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = tiny_models.build("olmoe", tmp_path / "m")
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"][5] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CalibrationError, match=r"60 of 60 losses are not finite in torch\.float32"):
+        calibrate(options(model, tmp_path / "s"), QUIET)
+
+
+def test_what_can_be_refused_is_refused_before_loading(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(pipeline, "load_model", lambda *args: pytest.fail("the model was loaded"))
+        for values, message in (
+            ({"output": tmp_path}, "is a folder"),
+            ({"output": tmp_path / "no" / "scores"}, "there is no folder"),
+            ({"output": tmp_path / "file" / "scores"}, "there is no folder"),
+            ({"k_min": 3}, "must hold the model's own 2 experts"),
+            ({"seq_len": 513}, "reads at most 512 tokens"),
+            ({"num_tokens": 10**6}, "are needed"),
+            ({"corpus": "missing.txt"}, "cannot be read"),
+        ):
+            with pytest.raises(CalibrationError, match=message):
+                calibrate(options(checkpoint, **({"output": tmp_path / "s"} | values)), QUIET)
+
+
+def test_ctrl_c_ends_the_command_with_130_and_no_file(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "scores.safetensors"
+    command = [sys.executable, "-m", "cor_vllm.cli", "calibrate", str(checkpoint), "--output", str(output)]
+    # One thread: two on a busy machine wait for each other. Enough positions that a layer takes a second.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--num-tokens", "2000", "--seq-len", "64"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not state.partial_path(output).exists():
+            assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert stderr.strip().splitlines()[-1] == (
+        "cor-vllm: interrupted; the same command goes on from where it stopped"
+    )
+    assert "Traceback" not in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors.partial"]

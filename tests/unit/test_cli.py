@@ -1,0 +1,259 @@
+"""The command line: what users script against."""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cor_vllm import __version__, cli
+from cor_vllm import scores as scores_file
+from cor_vllm.calibrate.config import CalibrationOptions
+from tests import tiny_models
+
+SMALL = ["--num-tokens", "60", "--seq-len", "24", "--heldout-tokens", "40"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.build("qwen3_moe", tmp_path_factory.mktemp("models") / "tiny-qwen3")
+
+
+@pytest.fixture(scope="module")
+def result(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("result") / "scores.safetensors"
+    assert cli.main(["calibrate", str(checkpoint), "--output", str(output), *SMALL]) == 0
+    return output
+
+
+def one_error(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("cor-vllm: error: "), captured.err
+    return lines[0]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"cor-vllm {__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["calibrate"], ["calibrate", "m"], ["show"], ["no-such-command"],
+                                  ["calibrate", "m", "--output", "o", "--algorithm", "magic"],
+                                  ["calibrate", "m", "--output", "o", "--num-tokens", "many"]])  # fmt: skip
+def test_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    assert "usage: cor-vllm" in capsys.readouterr().err
+
+
+def options_of(command: str) -> list[argparse.Action]:
+    captured: list[list[argparse.Action]] = []
+
+    class Stop(Exception):
+        pass
+
+    def parse_args(self: argparse.ArgumentParser, argv: object = None) -> None:
+        commands = next(a for a in self._actions if isinstance(a, argparse._SubParsersAction))
+        captured.append(commands.choices[command]._actions)
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Stop):
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        cli.main([])
+    return captured[0]
+
+
+def test_every_option_is_offered_and_explained_with_its_default() -> None:
+    actions = {action.dest: action for action in options_of("calibrate") if action.dest != "help"}
+    assert set(actions) == set(CalibrationOptions.model_fields)
+    for name, field in CalibrationOptions.model_fields.items():
+        help_text = actions[name].help
+        assert help_text
+        if name in ("model", "output"):
+            continue
+        assert "default: " in help_text, name
+        stated = help_text.rsplit("default: ", 1)[1].rstrip(")")
+        if isinstance(field.default, bool):
+            assert stated.startswith("--resume" if field.default else "off"), name
+        elif isinstance(field.default, int | float):
+            assert float(stated) == field.default, name
+        elif isinstance(field.default, str):
+            assert stated == field.default, name
+
+
+def test_calibrate_writes_a_valid_file(result: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = scores_file.load(result)
+    assert scores.num_layers == 3 and scores.num_experts == 7
+    assert scores.config.calibration.model_dump()["num_tokens"] == 60
+
+
+def test_show(result: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert cli.main(["show", str(result)]) == 0
+    shown = capsys.readouterr().out
+    scores = scores_file.load(result)
+    assert "tiny-qwen3 (Qwen3MoeForCausalLM): 3 MoE layers, 7 experts, top_k 3" in shown
+    for m in range(3):
+        row = next(line for line in shown.splitlines() if line.startswith(f"│     {m} │"))
+        cells = [cell.strip() for cell in row.strip("│").split("│")]
+        assert cells[1] == f"{scores.rki[m].item():.3g}"
+        assert cells[3] == str(scores.k[m].item())
+        assert cells[5] == f"{int((scores.cei_count[m] > 0).sum())}/7"
+    for mode in ("stock", "layer", "expert", "full", "random"):
+        assert f"│ {mode}" in shown
+    assert "slots that λ changes" in shown and "held-out loss, nats: 40 positions, 4 hard" in shown
+
+
+def test_show_json(result: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["show", str(result), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    scores = scores_file.load(result)
+    assert shown["config"] == json.loads(scores.config.model_dump_json(by_alias=True))
+    assert [layer["k"] for layer in shown["layers"]] == scores.k.tolist()
+    assert [layer["layer"] for layer in shown["layers"]] == [0, 1, 2]
+    assert all(len(layer["swap_rate"]) == 5 for layer in shown["layers"])
+
+
+def change(result: Path, tmp_path: Path, **calibration: object) -> scores_file.Scores:
+    import dataclasses
+
+    scores = scores_file.load(result)
+    config = scores.config.model_dump(by_alias=True)
+    heldout = config["heldout"]["modes"]["full"]["all"]
+    heldout["difference"], heldout["sem"] = calibration.pop("full", (0.0, 0.1))  # type: ignore[misc]
+    config["calibration"] |= calibration
+    return dataclasses.replace(scores, config=type(scores.config).model_validate(config))
+
+
+def test_warnings(result: Path, tmp_path: Path) -> None:
+    from cor_vllm.calibrate.show import warnings
+
+    scores = scores_file.load(result)
+    quiet: dict[str, object] = {"sensitivity_easy_sem": [0.0] * 3, "cei_split_half": 0.9}
+    assert warnings(change(result, tmp_path, **quiet)) == []
+    (line,) = warnings(change(result, tmp_path, **quiet, full=(0.21, 0.1)))
+    assert "mode full is worse than stock routing by 0.2100 ± 0.1000 nats" in line
+    assert warnings(change(result, tmp_path, **quiet, full=(0.19, 0.1))) == []
+    wide = [abs(scores.sensitivity_easy[0].item()), 0.0, 0.0]
+    (line,) = warnings(change(result, tmp_path, **(quiet | {"sensitivity_easy_sem": wide})))
+    assert "not distinguishable from zero in 1 of 3 layers" in line
+    assert (
+        warnings(change(result, tmp_path, **(quiet | {"sensitivity_easy_sem": wide, "intensity": "hard"})))
+        == []
+    )
+    (line,) = warnings(change(result, tmp_path, **(quiet | {"cei_split_half": 0.17})))
+    assert "at 0.17 only" in line
+
+
+def test_dormant_experts(result: Path) -> None:
+    import dataclasses
+
+    from cor_vllm.calibrate.show import dormant
+
+    scores = scores_file.load(result)
+    row = torch.tensor([0.05, 0.2, 0.05, 0.05, 0.142, 0.143, 0.0])  # an even share is 0.1429
+    cei = torch.tensor([0.9, 0.9, 0.4, 0.9, 0.5, 1.0, 1.0])
+    raw = torch.tensor([0.1, 0.1, 0.1, -0.1, 0.1, 0.1, 0.1])
+    scores = dataclasses.replace(
+        scores, router_prob=row.repeat(3, 1), cei=cei.repeat(3, 1), cei_raw=raw.repeat(3, 1)
+    )
+    assert dormant(scores)[0].nonzero().flatten().tolist() == [0, 4, 6]
+
+
+def test_plot(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plot", str(result), "--output", str(tmp_path / "p"), "--layers", "0", "2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 6 == len(list((tmp_path / "p").iterdir()))
+
+
+@pytest.mark.parametrize("command", [["show"], ["plot", "--output", "figures"]])
+def test_unreadable_scores(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad").write_bytes(b"bad")
+    for name in ("bad", "missing"):
+        assert cli.main([*command, str(tmp_path / name)]) == 1
+        assert str(tmp_path / name) in one_error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--delta", "0"], "--delta 0 perturbs nothing"),
+        (["--num-tokens", "0"], "--num-tokens: Input should be greater than or equal to 1"),
+        (["--k-min", "9"], "--k-min 9"),
+        (["--corpus", "missing.txt"], "--corpus missing.txt: cannot be read"),
+        (["--output", "no-folder/scores"], "there is no folder no-folder"),
+        (["--device", "nonsense"], "--device nonsense"),
+    ],
+)
+def test_one_line_for_what_cannot_be_done(
+    extra: list[str], message: str, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["calibrate", str(checkpoint), "--output", str(tmp_path / "s"), *extra]) == 1
+    error = capfd.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("cor-vllm: error: ") and message in error[-1]
+    assert len([line for line in error if "Traceback" in line]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "--dtype bfloat16"),
+        (scores_file.ScoresError("scores: cei_raw: nan"), "cei_raw: nan"),
+        (OSError(28, "No space left on device"), "No space left"),
+    ],
+)
+def test_late_failures_are_one_line(
+    error: Exception,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("cor_vllm.calibrate.pipeline.calibrate", fail)
+    assert cli.main(["calibrate", "m", "--output", str(tmp_path / "s")]) == 1
+    assert message in one_error(capsys)
+
+
+def test_a_missing_extra_is_named(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                  monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.delitem(sys.modules, "cor_vllm.calibrate.plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["plot", str(result), "--output", str(tmp_path)]) == 1
+    assert "needs the package matplotlib: pip install 'cor-vllm[calibrate]'" in one_error(capsys)
+
+
+def test_help_and_show_import_neither_vllm_nor_transformers(result: Path) -> None:
+    code = (
+        "import sys, cor_vllm, cor_vllm.cli\n"
+        "assert 'torch' not in sys.modules\n"
+        f"cor_vllm.cli.main(['show', {str(result)!r}])\n"
+        "assert not {'vllm', 'transformers', 'matplotlib'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_calibrator_never_imports_vllm() -> None:
+    code = (
+        "import sys, cor_vllm.calibrate.pipeline, cor_vllm.calibrate.plots\n"
+        "assert 'vllm' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
