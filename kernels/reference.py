@@ -45,18 +45,18 @@ def probabilities(router_logits: torch.Tensor, scoring_func: str = "softmax") ->
         probs = logits.sigmoid()
     else:
         raise ValueError(f"scoring_func {scoring_func!r}: must be 'softmax' or 'sigmoid'")
-    return torch.where(probs.isfinite(), probs, 0.0)
+    return probs.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def select(
     probs: torch.Tensor, scores: torch.Tensor, top_k: int, renormalize: bool, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The top_k experts by `scores` [T, N], weighed by `probs` [T, N]; see `cor_topk`."""
-    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     # torch.topk leaves open which of equal scores it takes; a stable sort takes the lowest id.
     ids = scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = probs.gather(1, ids)
     if renormalize:
-        total = weights.sum(dim=-1, keepdim=True)
-        weights = weights / torch.where(total > 0, total, 1.0)
+        # A sum of 0 has nothing to divide; the clamp leaves every other sum alone.
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return weights * scale, ids.to(torch.int32).contiguous()
