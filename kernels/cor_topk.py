@@ -41,6 +41,7 @@ def cor_topk_kernel(
     SIGMOID: tl.constexpr,
     RENORMALIZE: tl.constexpr,
 ):
+    SMALLEST: tl.constexpr = 1.1754943508222875e-38  # of the normal float32; a sum of 0 divides nothing
     TAKEN: tl.constexpr = -2147483648  # below the key of -inf, so padding and winners never win again
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     experts = tl.arange(0, P)
@@ -74,7 +75,7 @@ def cor_topk_kernel(
     weights_TK = tl.where(in_K, _score(chosen_TK, row_max, inverse_sum, SIGMOID), 0.0)
     if RENORMALIZE:
         total = tl.sum(weights_TK, axis=1)[:, None]
-        weights_TK = weights_TK / tl.where(total > 0.0, total, 1.0)
+        weights_TK = weights_TK / tl.maximum(total, SMALLEST)
     out = rows[:, None] * K + slots[None, :]
     tl.store(weights_ptr + out, weights_TK * scale, mask=in_K)
     tl.store(ids_ptr + out, ids_TK, mask=in_K)

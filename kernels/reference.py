@@ -2,6 +2,8 @@
 
 import torch
 
+SMALLEST = torch.finfo(torch.float32).tiny
+
 
 def cor_topk(
     router_logits: torch.Tensor,
@@ -21,7 +23,7 @@ def cor_topk(
         router_logits: [T, N] bf16, fp16 or fp32.
         bias: [N] float32, λ·CEI with a model's own correction bias folded in, or None.
         top_k: experts per token, 1 ≤ top_k ≤ N.
-        renormalize: divide the weights by their sum; a sum of 0 is left alone.
+        renormalize: divide the weights by their sum, at least SMALLEST.
         scoring_func: "softmax" or "sigmoid".
         scale: the model's routed scaling factor.
 
@@ -57,6 +59,6 @@ def select(
     ids = scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = probs.gather(1, ids)
     if renormalize:
-        # A sum of 0 has nothing to divide; the clamp leaves every other sum alone.
-        weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        # Where nothing selected has any weight the sum is 0, and so is what it divides.
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(SMALLEST)
     return weights * scale, ids.to(torch.int32).contiguous()
