@@ -1,0 +1,54 @@
+"""How many expert slots counterfactual routing fills otherwise, measured on the questions themselves."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from cor_vllm.calibrate.loading import load_model
+from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.config import CorConfig, LayerRouting, plan
+from cor_vllm.scores import Scores
+
+
+def share_changed(model: Path, scores: Scores, texts: list[str]) -> list[float]:
+    """Per MoE layer, the share of counterfactual routing's expert slots that stock routing would not fill.
+
+    Both routings run through the whole model on the same text, so that a layer also sees what earlier
+    layers changed.
+
+    Args:
+        model: the model folder.
+        scores: its scores file, read.
+        texts: what is routed; every token counts once.
+    """
+    moe, tokenizer = load_model(model, dtype="float32", device="cpu"), AutoTokenizer.from_pretrained(model)
+    layers = list(plan(CorConfig(scores="demo"), scores).values())
+    changed = torch.zeros(len(layers), dtype=torch.long)
+    slots = torch.zeros_like(changed)
+    for text in texts:
+        ids = torch.tensor([tokenizer(text).input_ids])
+        stock = _selected(moe, ids, [LayerRouting(i, moe.top_k, None, False) for i in moe.layer_index])
+        routed = _selected(moe, ids, layers)
+        for number, (before, after) in enumerate(zip(stock, routed, strict=True)):
+            changed[number] += int((after & ~before).sum())
+            slots[number] += int(after.sum())
+    return (changed / slots).tolist()
+
+
+def _selected(moe: MoeModel, ids: torch.Tensor, layers: list[LayerRouting]) -> list[torch.Tensor]:
+    """Per layer, which experts each token has: [T, N] bool."""
+
+    def rule(layer: LayerRouting):  # type: ignore[no-untyped-def]
+        return lambda logits: moe.route(logits, layer.bias, layer.top_k)
+
+    with (
+        moe.routing({n: rule(layer) for n, layer in enumerate(layers)}),
+        moe.record_router_logits() as logits,
+    ):
+        moe.losses(ids)
+    masks = []
+    for layer, records in zip(layers, logits, strict=True):
+        chosen = rule(layer)(torch.cat(records))[1].long()
+        masks.append(torch.zeros(len(chosen), moe.num_experts, dtype=torch.bool).scatter_(1, chosen, True))
+    return masks
