@@ -162,8 +162,9 @@ def report_recall(probes: list[dict[str, Any]], stock: ask.Server, cor: ask.Serv
         console.print(
             f"  {item['question']}  right: {item['answer']}  stock: {item['stock']}  CoR: {item['cor']}"
         )
-    pieces = ask.streamed(cor, questions[0])
-    console.print(f"  streamed by the CoR server in {len(pieces)} pieces: {questions[0]} {'|'.join(pieces)}")
+    question = questions[max(range(len(after)), key=lambda i: len(after[i]))]  # the longest answer
+    pieces = ask.streamed(cor, question)
+    console.print(f"  streamed by the CoR server in {len(pieces)} pieces: {question} {'|'.join(pieces)}")
 
 
 def interval(hits: int, n: int) -> str:

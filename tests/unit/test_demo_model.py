@@ -31,8 +31,12 @@ def probes() -> list[dict]:
 def loaded():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    threads = torch.get_num_threads()
+    # So small a model gains nothing from threads, and on a busy machine they wait for one another.
+    torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(MODEL)
+    yield model, AutoTokenizer.from_pretrained(MODEL)
+    torch.set_num_threads(threads)
 
 
 def sample(probes: list[dict], bucket: str) -> list[dict]:
