@@ -105,6 +105,7 @@ def _routers(engine: "VllmConfig") -> Routers:
                 revision=engine.model_config.revision,
                 cache_dir=engine.load_config.download_dir,
                 allow_patterns=["*.safetensors", "*.json"],
+                ignore_patterns=["*/*"],  # GPT-OSS keeps second copies of its weights in folders
             )
         )
     return read_routers(folder)
