@@ -28,13 +28,8 @@ def dormant(scores: Scores) -> torch.Tensor:
 def warnings(scores: Scores) -> list[str]:
     """One line for each reason to distrust the file, by its own numbers."""
     config, lines = scores.config, []
-    heldout = config.heldout.modes.get(config.serving.mode) if config.heldout else None
-    if heldout and heldout.all.difference > SIGNIFICANT * heldout.all.sem:
-        lines.append(
-            f"held-out check: mode {config.serving.mode} is worse than stock routing by "
-            f"{heldout.all.difference:.4f} ± {heldout.all.sem:.4f} nats; try --tune, or serve with "
-            "--cor-mode off"
-        )
+    if config.heldout and (harm := config.heldout.harm(config.serving.mode)):
+        lines.append(harm)
     details = config.calibration.model_extra or {}
     sems = details.get("sensitivity_easy_sem")
     if sems and details.get("intensity") == "ratio":

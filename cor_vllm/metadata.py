@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+HARM_ERRORS = 2  # standard errors beyond which a file's own check says that it hurts
 Mode = Literal["full", "layer", "expert", "random", "off"]
 
 
@@ -67,6 +68,16 @@ class HeldoutInfo(_Section):
     positions: int = Field(ge=1)
     hard_positions: int = Field(ge=0)
     modes: dict[str, ModeLoss]
+
+    def harm(self, mode: str) -> str | None:
+        """One line where `mode` raised the loss by more than HARM_ERRORS standard errors, else None."""
+        loss = self.modes.get(mode)
+        if loss is None or loss.all.difference <= HARM_ERRORS * loss.all.sem:
+            return None
+        return (
+            f"held-out check: mode {mode} is worse than stock routing by {loss.all.difference:.4f} ± "
+            f"{loss.all.sem:.4f} nats; try --tune, or serve with --cor-mode off"
+        )
 
 
 class ServingInfo(_Section):

@@ -17,7 +17,7 @@ import torch
 
 from cor_vllm import compat, fit, flags
 from cor_vllm.config import ConfigError, CorConfig, LayerRouting, plan
-from cor_vllm.scores import ScoresError, digest, parse, read_bytes
+from cor_vllm.scores import Scores, ScoresError, digest, parse, read_bytes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -101,15 +101,20 @@ def _dump(config: CorConfig) -> dict[str, Any]:
     return config.model_dump(by_alias=True, exclude_none=True)
 
 
-def _log_start(config: CorConfig, scores: Any) -> None:
+def _log_start(config: CorConfig, scores: Scores) -> None:
     layers = plan(config, scores).values()
-    total, own = sum(layer.top_k for layer in layers), scores.num_layers * scores.config.model.top_k
-    biased = sum(layer.bias is not None for layer in layers)
-    what = f"static k = {config.static_k}" if config.static_k else config.mode or scores.config.serving.mode
+    mode = "static k" if config.static_k else config.mode or scores.config.serving.mode
     logger.info(
         "CoR: %s, %d MoE layers, %d of them with λ·CEI, Σ k_l = %d (the model's own %d), scores %s",
-        what, len(layers), biased, total, own, config.scores,
-    )  # fmt: skip
+        mode,
+        len(layers),
+        sum(layer.bias is not None for layer in layers),
+        sum(layer.top_k for layer in layers),
+        scores.num_layers * scores.config.model.top_k,
+        config.scores,
+    )
+    if scores.config.heldout and (harm := scores.config.heldout.harm(mode)):
+        logger.warning("CoR: %s", harm)
 
 
 @functools.cache

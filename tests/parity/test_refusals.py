@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -45,6 +46,13 @@ def write(
     path = tmp_path / "scores.safetensors"
     scores.save(path, values)
     return {"scores": str(path)}
+
+
+@pytest.fixture
+def caplog_vllm(caplog, monkeypatch):
+    """vLLM's loggers do not hand their records on to the root, where pytest listens."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    return caplog
 
 
 def test_a_file_that_fits_starts(qwen, tmp_path):
@@ -242,3 +250,16 @@ def test_options_stay_json_for_the_compile_cache_key(qwen, tmp_path):
     scores.save(path, values)
     engine = EngineArgs(str(qwen), **options, additional_config={"cor": {"scores": str(path)}})
     assert engine.create_engine_config().compute_hash() != first  # another content under the same path
+
+
+def test_a_file_whose_own_check_says_that_it_hurts_warns(qwen, tmp_path, caplog_vllm):
+    values = make(qwen)
+    raw = values.config.model_dump(by_alias=True)
+    loss = {"mean": 2.0, "difference": 0.03, "sem": 0.01}
+    raw["heldout"] = {"positions": 9, "hard_positions": 1, "modes": {"full": {"all": loss, "hard": loss}}}
+    path = tmp_path / "scores.safetensors"
+    scores.save(path, dataclasses.replace(values, config=type(values.config).model_validate(raw)))
+    start(qwen, {"scores": str(path), "mode": "expert"})
+    assert "worse" not in caplog_vllm.text
+    start(qwen, {"scores": str(path)})
+    assert "mode full is worse than stock routing by 0.0300 ± 0.0100 nats" in caplog_vllm.text
