@@ -16,15 +16,17 @@ from cor_vllm.calibrate.allocation import bounds
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
 from cor_vllm.calibrate.inputs import Inputs, read_inputs
 from cor_vllm.calibrate.loading import load_model, model_folder, read_config
-from cor_vllm.calibrate.measure import LayerMeasurement
 from cor_vllm.calibrate.moe_model import MoeModel
 from cor_vllm.calibrate.plain import PlainAlgorithm, baseline
 from cor_vllm.calibrate.result import assemble
 from cor_vllm.calibrate.state import PartialState
 from cor_vllm.calibrate.stratify import flat_mask, stratify
+from cor_vllm.calibrate.sweep import Sweep
 from cor_vllm.fingerprint import read_routers
 from cor_vllm.metadata import ModelInfo
 from cor_vllm.scores import Scores
+
+ALGORITHMS: dict[str, type[Sweep] | type[PlainAlgorithm]] = {"sweep": Sweep, "plain": PlainAlgorithm}
 
 
 def calibrate(options: CalibrationOptions, console: Console) -> Scores:
@@ -77,43 +79,36 @@ def _measure_and_write(
     given = flat_mask(inputs.hard_positions, inputs.sequences) if inputs.hard_positions else None
     strata = stratify(base.losses, options.hard_percentile, options.easy_percentile, given)
     state = PartialState(options.output, _key(options, info, inputs, model), base.losses)
-    done: dict[int, LayerMeasurement] = {}
-    if options.resume:
-        done, note = state.load()
-        if note:
-            console.print(note, highlight=False)
     with _progress(console) as progress:
         task = progress.add_task("measuring", total=None, layers="")
-        algorithm = PlainAlgorithm(
+        algorithm = ALGORITHMS[options.algorithm](
             model, options, inputs.sequences, base, strata, lambda rows: progress.advance(task, rows)
         )
-        _measure_layers(
-            algorithm, model.num_layers, done, state, lambda **values: progress.update(task, **values)
-        )
+        finished = 0
+        if options.resume:
+            tensors, note = state.load()
+            finished = algorithm.restore(tensors)
+            if note:
+                console.print(note, highlight=False)
+        _measure_layers(algorithm, finished, state, lambda **values: progress.update(task, **values))
     console.print(
         "checking the result on held-out text" if inputs.heldout else "no held-out text to check on"
     )
-    measured = [done[layer] for layer in range(model.num_layers)]
-    result = assemble(model, options, info, inputs, base, strata, measured)
+    result = assemble(model, options, info, inputs, base, strata, algorithm.result())
     scores_file.save(options.output, result)
     state.remove()
     return result
 
 
 def _measure_layers(
-    algorithm: PlainAlgorithm,
-    num_layers: int,
-    done: dict[int, LayerMeasurement],
-    state: PartialState,
-    update: Callable[..., None],
+    algorithm: PlainAlgorithm | Sweep, finished: int, state: PartialState, update: Callable[..., None]
 ) -> None:
-    rows = [algorithm.rows_per_layer(layer) for layer in range(num_layers)]
-    update(total=sum(rows), completed=sum(rows[layer] for layer in done))
-    for layer in range(num_layers):
-        update(layers=f"layer {layer + 1} of {num_layers}")
-        if layer not in done:
-            done[layer] = algorithm.measure(layer)
-            state.save(done)
+    work = algorithm.work()
+    update(total=sum(work), completed=sum(work[:finished]))
+    for step in range(finished, len(work)):
+        update(layers=f"step {step + 1} of {len(work)}")
+        algorithm.step(step)
+        state.save(algorithm.state(step + 1))
 
 
 def _progress(console: Console) -> Progress:

@@ -1,5 +1,6 @@
 """A whole calibration on a tiny model: the file, its checks, killing and resuming it, the plots."""
 
+import dataclasses
 import io
 import json
 import os
@@ -27,6 +28,7 @@ from cor_vllm.calibrate.loading import load_model
 from cor_vllm.calibrate.pipeline import calibrate
 from cor_vllm.calibrate.plain import PlainAlgorithm, baseline
 from cor_vllm.calibrate.stratify import stratify
+from cor_vllm.calibrate.sweep import Sweep
 from cor_vllm.fingerprint import read_routers
 from cor_vllm.scores import SWAP_RATE_LAMBDAS
 from tests import tiny_models
@@ -86,10 +88,11 @@ def test_the_numbers_are_those_of_the_measurements(result: Path, checkpoint: Pat
     inputs = read_inputs(chosen, checkpoint, model.config.vocab_size)
     base = baseline(model, inputs.sequences)
     strata = stratify(base.losses, 90, 10)
-    algorithm = PlainAlgorithm(model, chosen, inputs.sequences, base, strata)
+    algorithm = Sweep(model, chosen, inputs.sequences, base, strata)
+    for step in range(len(algorithm.work())):
+        algorithm.step(step)
     assert scores.config.calibration.tau_high == strata.tau_high
-    for m in range(2):
-        measured = algorithm.measure(m)
+    for m, measured in enumerate(algorithm.result()):
         hard, easy = measured.hard.mean().item(), measured.easy.mean().item()
         assert scores.sensitivity_hard[m].item() == pytest.approx(hard, rel=1e-6)
         assert scores.sensitivity_easy[m].item() == pytest.approx(easy, rel=1e-6)
@@ -219,37 +222,69 @@ def test_given_ids_and_positions(checkpoint: Path, tmp_path: Path) -> None:
     assert scores.config.heldout is None
 
 
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
-    measure = PlainAlgorithm.measure
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    for algorithm in (PlainAlgorithm, Sweep):
 
-    def interrupted(self: PlainAlgorithm, layer: int) -> Any:
-        if layer == layers:
-            raise KeyboardInterrupt
-        return measure(self, layer)
+        def interrupted(self: Any, index: int, step: Any = algorithm.step) -> None:
+            if index == steps:
+                raise KeyboardInterrupt
+            step(self, index)
 
-    monkeypatch.setattr(PlainAlgorithm, "measure", interrupted)
+        monkeypatch.setattr(algorithm, "step", interrupted)
 
 
-@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize(
+    ("algorithm", "steps", "last"), [("plain", 0, 2), ("plain", 1, 2), *(("sweep", s, 4) for s in range(4))]
+)
 def test_an_interrupted_run_resumes_to_the_same_bytes(
-    checkpoint: Path, result: Path, tmp_path: Path, layers: int
+    checkpoint: Path, result: Path, tmp_path: Path, algorithm: str, steps: int, last: int
 ) -> None:
     output = tmp_path / "scores.safetensors"
+    chosen = options(checkpoint, output, algorithm=algorithm)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        interrupt_after(monkeypatch, layers)
+        interrupt_after(monkeypatch, steps)
         with pytest.raises(KeyboardInterrupt):
-            calibrate(options(checkpoint, output), QUIET)
-    assert [path.name for path in tmp_path.iterdir()] == (["scores.safetensors.partial"] if layers else [])
+            calibrate(chosen, QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == (["scores.safetensors.partial"] if steps else [])
     with pytest.MonkeyPatch.context() as monkeypatch:
-        measured = []
-        measure = PlainAlgorithm.measure
-        monkeypatch.setattr(
-            PlainAlgorithm, "measure", lambda self, layer: (measured.append(layer), measure(self, layer))[1]
-        )
-        calibrate(options(checkpoint, output), QUIET)
-    assert measured == list(range(layers, 2)), "finished layers are not measured again"
+        done = []
+        kind: Any = Sweep if algorithm == "sweep" else PlainAlgorithm
+        step = kind.step
+        monkeypatch.setattr(kind, "step", lambda self, index: (done.append(index), step(self, index))[1])
+        calibrate(chosen, QUIET)
+    assert done == list(range(steps, last)), "finished steps are not done again"
+    if algorithm == "plain":
+        result = tmp_path / "uninterrupted"
+        calibrate(options(checkpoint, result, algorithm="plain"), QUIET)
     assert output.read_bytes() == result.read_bytes()
-    assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors"]
+    assert not state.partial_path(output).exists()
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_sweep_and_plain_write_the_same_tensors(family: str, tmp_path: Path) -> None:
+    """Within 1e-5, relative, plus what 5e-6 nats in every single loss come to in each tensor."""
+    folder = tiny_models.build(family, tmp_path / "m")
+    values = {"intensity": "marginal", "heldout_tokens": 0}
+    sweep, plain = (
+        calibrate(options(folder, tmp_path / algorithm, algorithm=algorithm, **values), QUIET)
+        for algorithm in ("sweep", "plain")
+    )
+    nats = 5e-6
+    spread = plain.cei_raw.max(dim=1).values - plain.cei_raw.min(dim=1).values
+    hard, easy = plain.sensitivity_hard.abs(), plain.sensitivity_easy.abs()
+    floors = {
+        "cei": 2 * nats / spread[:, None],
+        "rki": plain.rki.abs() * (nats / hard + nats / (easy - nats)),
+        **dict.fromkeys(("cei_raw", "cei_sem", "sensitivity_hard", "sensitivity_easy"), nats),
+    }
+    assert (floors["cei"] < 1e-3).all() and easy.min() > nats, "or the comparison shows nothing"
+    for name in [field.name for field in dataclasses.fields(plain) if field.name != "config"]:
+        one, other = getattr(sweep, name).double(), getattr(plain, name).double()
+        allowed = 1e-5 * other.abs() + floors.get(name, 0.0)
+        assert ((one - other).abs() <= allowed).all(), name
+    record, expected = sweep.config.calibration.model_dump(), plain.config.calibration.model_dump()
+    assert (record.pop("algorithm"), expected.pop("algorithm")) == ("sweep", "plain")
+    assert record["num_hard"] == expected["num_hard"] and record["tau_high"] == expected["tau_high"]
 
 
 @pytest.mark.parametrize("damage", ["options", "weights", "bytes", "no-resume"])

@@ -12,7 +12,7 @@ import torch
 
 from cor_vllm import __version__, cli
 from cor_vllm import scores as scores_file
-from cor_vllm.calibrate.config import CalibrationOptions
+from cor_vllm.calibrate.config import CalibrationOptions, parse_bytes
 from tests import tiny_models
 
 SMALL = ["--num-tokens", "60", "--seq-len", "24", "--heldout-tokens", "40"]
@@ -91,6 +91,8 @@ def test_every_option_is_offered_and_explained_with_its_default() -> None:
         stated = help_text.rsplit("default: ", 1)[1].rstrip(")")
         if isinstance(field.default, bool):
             assert stated.startswith("--resume" if field.default else "off"), name
+        elif name == "max_memory":
+            assert parse_bytes(stated) == field.default
         elif isinstance(field.default, int | float):
             assert float(stated) == field.default, name
         elif isinstance(field.default, str):
