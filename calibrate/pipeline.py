@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from cor_vllm.fingerprint import read_routers
 from cor_vllm.metadata import ModelInfo
 from cor_vllm.scores import Scores
 
+SAVE_FREELY = 1.0  # seconds: a state written faster than this is written after every step,
+SAVE_RATIO = 10  # a larger one not before the work since has taken this many times as long
 ALGORITHMS: dict[str, type[Sweep] | type[PlainAlgorithm]] = {"sweep": Sweep, "plain": PlainAlgorithm}
 
 
@@ -105,10 +108,15 @@ def _measure_layers(
 ) -> None:
     work = algorithm.work()
     update(total=sum(work), completed=sum(work[:finished]))
+    saved, duration = time.monotonic(), 0.0
     for step in range(finished, len(work)):
         update(layers=f"step {step + 1} of {len(work)}")
         algorithm.step(step)
-        state.save(algorithm.state(step + 1))
+        if time.monotonic() - saved >= duration * SAVE_RATIO:
+            started = time.monotonic()
+            state.save(algorithm.state(step + 1))
+            saved = time.monotonic()
+            duration = saved - started if saved - started > SAVE_FREELY else 0.0
 
 
 def _progress(console: Console) -> Progress:

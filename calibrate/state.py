@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 
+from cor_vllm.calibrate.config import CalibrationError
+
 FORMAT = "cor-partial/1"
 BASELINE_TOLERANCE = 1e-3  # nats; other weights under the same routers differ by more
 
@@ -49,13 +51,23 @@ class PartialState:
         return tensors, f"resuming from {self.path}"
 
     def save(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Keep an algorithm's state; the file is replaced in one step, never half written."""
+        """Keep an algorithm's state; the file is replaced in one step, never half written.
+
+        Raises:
+            CalibrationError: no room, or no right to write.
+        """
         tensors = {name: values.contiguous() for name, values in state.items()}
         tensors[f"{self._key}/baseline"] = self._baseline
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
             temporary.write_bytes(safetensors_save(tensors, {"format": FORMAT}))
             os.replace(temporary, self.path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise CalibrationError(
+                f"{self.path}: the state to resume from cannot be written ({error.strerror}); make "
+                "room there, or choose another --output"
+            ) from None
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

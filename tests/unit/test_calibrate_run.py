@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -147,6 +149,29 @@ def test_heldout_check_by_hand(result: Path, checkpoint: Path) -> None:
             assert stat.sem == pytest.approx(change.std().item() / len(change) ** 0.5, abs=1e-5)
 
 
+def test_alternatives_are_what_their_flags_give(result: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Each setting's difference again from a file calibrated with its flag, or from the modes' own means."""
+    scores = scores_file.load(result)
+    heldout = scores.config.heldout
+    assert heldout is not None and heldout.model_extra is not None
+    trials = {trial["flags"]: trial["difference"] for trial in heldout.model_extra["alternatives"]}
+    assert set(trials) == {
+        "--cor-mode off", "--cor-mode layer", "--cor-mode expert", "--cor-lambda 0.01", "--cor-lambda 0.02",
+        "--cor-lambda 0.05", "--shrink", "--intensity hard",
+    }  # fmt: skip
+    full = heldout.modes["full"].all.mean
+    for mode, name in (("off", "stock"), ("layer", "layer"), ("expert", "expert")):
+        assert trials[f"--cor-mode {mode}"] == pytest.approx(heldout.modes[name].all.mean - full, abs=1e-5)
+    flags: dict[str, dict[str, Any]] = {
+        "--shrink": {"shrink": True},
+        "--intensity hard": {"intensity": "hard"},
+    }
+    for flag, values in flags.items():
+        other = calibrate(options(checkpoint, tmp_path / "s", **values), QUIET).config.heldout
+        assert other is not None
+        assert trials[flag] == pytest.approx(other.modes["full"].all.mean - full, abs=1e-5)
+
+
 def test_no_heldout_check_on_request(checkpoint: Path, tmp_path: Path) -> None:
     scores = calibrate(options(checkpoint, tmp_path / "s", heldout_tokens=0), QUIET)
     assert scores.config.heldout is None
@@ -258,6 +283,40 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
         calibrate(options(checkpoint, result, algorithm="plain"), QUIET)
     assert output.read_bytes() == result.read_bytes()
     assert not state.partial_path(output).exists()
+
+
+def test_killed_at_random_points_it_ends_in_the_same_bytes(
+    checkpoint: Path, result: Path, tmp_path: Path
+) -> None:
+    """SIGKILL, which nothing can catch, at least 20 times; a child that was quicker starts again."""
+    output = tmp_path / "scores.safetensors"
+    chosen = options(checkpoint, output)
+    generator = random.Random(0)
+    context = multiprocessing.get_context("fork")  # the imports are done, so a run takes a second
+
+    def run(seconds: float | None) -> int | None:
+        child = context.Process(target=calibrate, args=(chosen, QUIET))
+        child.start()
+        child.join(seconds)
+        if child.is_alive():
+            child.kill()
+            child.join()
+        return child.exitcode
+
+    start = time.monotonic()
+    assert run(None) == 0
+    duration = time.monotonic() - start
+    output.unlink()
+    resumed = kills = 0
+    while kills < 20:
+        resumed += state.partial_path(output).exists()
+        kills += run(generator.uniform(0, duration)) == -signal.SIGKILL
+        if output.exists():
+            assert output.read_bytes() == result.read_bytes()
+            output.unlink()
+    assert resumed, "no kill left a state behind, so nothing was resumed"
+    assert run(None) == 0
+    assert output.read_bytes() == result.read_bytes()
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)

@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
+from cor_vllm.calibrate.layers import chunks
 from cor_vllm.calibrate.measure import LayerMeasurement
 from cor_vllm.calibrate.memory import bytes_per_row
 from cor_vllm.calibrate.moe_model import MoeModel
@@ -179,6 +180,13 @@ def peak_memory(action: Callable[[], None]) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+def test_chunks_hold_consecutive_sequences_and_no_more_rows_than_allowed() -> None:
+    sequences = [[0] * length for length in (5, 9, 2, 2, 2, 12, 3)]
+    assert chunks(sequences, 12) == [range(1), range(1, 2), range(2, 5), range(5, 6), range(6, 7)]
+    assert chunks(sequences, 18) == [range(2), range(2, 5), range(5, 6), range(6, 7)]
+    assert chunks(sequences, 10**6) == [range(7)]
 
 
 def test_too_little_memory_for_one_sequence(case: Case) -> None:

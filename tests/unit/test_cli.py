@@ -160,7 +160,42 @@ def test_warnings(result: Path, tmp_path: Path) -> None:
         == []
     )
     (line,) = warnings(change(result, tmp_path, **(quiet | {"cei_split_half": 0.17})))
-    assert "at 0.17 only" in line
+    assert "too few hard positions for CEI" in line and "correlate at 0.17" in line
+    assert warnings(change(result, tmp_path, **(quiet | {"cei_split_half": 0.67}))) == []
+    (line,) = warnings(change(result, tmp_path, **(quiet | {"cei_split_half": 0.66})))
+
+
+def test_how_many_positions_would_do(result: Path, tmp_path: Path) -> None:
+    """The example of the efficacy study: halves of 51 at 0.17 need about 1,000."""
+    from cor_vllm.calibrate.show import reliability
+
+    counts: dict[str, object] = {"num_hard": 102, "num_positions": 1024}
+    text = reliability(change(result, tmp_path, cei_split_half=0.17, **counts))
+    assert "reliability of 0.29; 0.8 takes about 1000: --num-tokens 10000" in text
+    text = reliability(change(result, tmp_path, cei_split_half=0.17, positions="p.json", **counts))
+    assert text.endswith("0.8 takes about 1000: name more in --positions")
+    assert "cannot be told" in reliability(change(result, tmp_path, cei_split_half=-0.1, **counts))
+    assert reliability(change(result, tmp_path, cei_split_half=None)) == ""
+
+
+def test_only_settings_beyond_noise_are_called_better(result: Path) -> None:
+    import dataclasses
+
+    from cor_vllm.calibrate.show import better_flags
+
+    scores = scores_file.load(result)
+    assert scores.config.heldout
+    trials = [
+        {"flags": "--shrink", "difference": -0.02, "sem": 0.011},
+        {"flags": "--cor-mode off", "difference": -0.02, "sem": 0.009},
+        {"flags": "--cor-mode layer", "difference": -0.03, "sem": 0.001},
+    ]
+    heldout = scores.config.heldout.model_copy(update={"alternatives": trials})
+    scores = dataclasses.replace(scores, config=scores.config.model_copy(update={"heldout": heldout}))
+    assert better_flags(scores) == [
+        "--cor-mode layer (-0.0300 ± 0.0010 nats)",
+        "--cor-mode off (-0.0200 ± 0.0090 nats)",
+    ]
 
 
 def test_dormant_experts(result: Path) -> None:
