@@ -1,9 +1,24 @@
 """How many rows fit into --max-memory: an estimate from a model's dimensions."""
 
+import os
 from typing import Any
 
 from cor_vllm.calibrate.config import CalibrationError
 from cor_vllm.calibrate.moe_model import MoeModel
+
+
+def check_host_memory(needed: int) -> None:
+    """Refuse what cannot fit into this machine's memory, before the first layer runs.
+
+    Args:
+        needed: bytes of the hidden states that wait on the host.
+    """
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > present:
+        raise CalibrationError(
+            f"the variants' hidden states take {needed / 1e9:.1f} GB of host memory, this machine has "
+            f"{present / 1e9:.1f}; lower --num-tokens, or give --perturb-scope token"
+        )
 
 
 def layer_rows(model: MoeModel, longest: int, max_memory: int) -> int:

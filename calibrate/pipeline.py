@@ -46,9 +46,9 @@ def calibrate(options: CalibrationOptions, console: Console) -> Scores:
         The scores as written to `options.output`.
 
     Raises:
-        CalibrationError, FingerprintError: the calibration cannot be done; one line says why.
+        CalibrationError, FingerprintError: the calibration cannot be done or not be written; one line says
+            why.
         ScoresError: an intervention gave losses that are not finite.
-        OSError: the result cannot be written.
     """
     _check_output(options.output)
     folder, revision = model_folder(options.model)
@@ -98,7 +98,13 @@ def _measure_and_write(
         "checking the result on held-out text" if inputs.heldout else "no held-out text to check on"
     )
     result = assemble(model, options, info, inputs, base, strata, algorithm.result())
-    scores_file.save(options.output, result)
+    try:
+        scores_file.save(options.output, result)
+    except OSError as error:
+        raise CalibrationError(
+            f"--output {options.output}: cannot be written ({error.strerror}); make room there, and the same "
+            "command goes on from where it stopped"
+        ) from None
     state.remove()
     return result
 

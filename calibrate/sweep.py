@@ -22,7 +22,7 @@ from cor_vllm.calibrate.attention import Places, SharedAttention
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
 from cor_vllm.calibrate.layers import chunks, enter, run
 from cor_vllm.calibrate.measure import Baseline, LayerMeasurement
-from cor_vllm.calibrate.memory import head_rows, layer_rows
+from cor_vllm.calibrate.memory import check_host_memory, head_rows, layer_rows
 from cor_vllm.calibrate.moe_model import MoeModel
 from cor_vllm.calibrate.plain import Advance, pad, without
 from cor_vllm.calibrate.stratify import Strata, locate
@@ -71,6 +71,10 @@ class Chunk:
         self.row_losses = torch.empty(0)  # [M·F] nats, once the last layer is done
         self.copy_losses = torch.empty(0)  # [M, hard and easy positions]
 
+    def host_bytes(self) -> int:
+        """What waits on the host after the last layer."""
+        return self.hidden.nbytes + self.rows.nbytes + self.copies.nbytes
+
     def measured_places(self) -> Places:
         """The hard positions, then the easy ones."""
         return _places(self.hard + self.easy)
@@ -107,6 +111,7 @@ class Sweep:
             Chunk(model, options, members, sequences, hard, easy)
             for members in chunks(sequences, self._block)
         ]
+        check_host_memory(sum(chunk.host_bytes() for chunk in self._chunks))
         self._attention = SharedAttention(model.config)
         self._layers = model.decoder_layers
 

@@ -376,17 +376,48 @@ def test_partial_state_that_does_not_belong_is_ignored(checkpoint: Path, tmp_pat
     assert expected.get(damage, "loading") in " ".join(console.export_text().split())
 
 
-def test_a_failing_write_leaves_no_half_file(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_at_the_end(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     output = tmp_path / "scores.safetensors"
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CalibrationError, match=r"--output .* cannot be written \(No space left on device\)"):
         calibrate(options(checkpoint, output), QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors.partial"]
+    monkeypatch.undo()
+    monkeypatch.setattr(Sweep, "step", lambda *args: pytest.fail("everything was measured already"))
+    calibrate(options(checkpoint, output), QUIET)
+
+
+def test_a_full_disk_on_the_way(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second state fits only in part: the first one stays, whole."""
+    write, written = Path.write_bytes, []
+
+    def fill(path: Path, data: bytes) -> int:
+        written.append(path)
+        if len(written) == 2:
+            write(path, data[: len(data) // 2])
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    output = tmp_path / "scores.safetensors"
+    with pytest.raises(CalibrationError, match=r"state to resume from cannot be written \(No space left"):
+        calibrate(options(checkpoint, output), QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors.partial"]
+    monkeypatch.undo()
+    console = Console(record=True, file=io.StringIO())
+    calibrate(options(checkpoint, output), console)
+    assert "resuming from" in console.export_text()
+
+
+def test_more_host_memory_than_there_is(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2}[name])
+    with pytest.raises(CalibrationError, match=r"GB of host memory, .* lower --num-tokens"):
+        calibrate(options(checkpoint, tmp_path / "s"), QUIET)
 
 
 def test_losses_that_are_not_finite(tmp_path: Path) -> None:

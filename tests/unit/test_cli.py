@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -268,6 +269,70 @@ def test_late_failures_are_one_line(
     monkeypatch.setattr("cor_vllm.calibrate.pipeline.calibrate", fail)
     assert cli.main(["calibrate", "m", "--output", str(tmp_path / "s")]) == 1
     assert message in one_error(capsys)
+
+
+def test_a_gpu_out_of_memory_on_the_way(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cor_vllm.calibrate.sweep import Sweep
+
+    step = Sweep.step
+
+    def out_of_memory(self: Sweep, index: int) -> None:
+        if index == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        step(self, index)
+
+    monkeypatch.setattr(Sweep, "step", out_of_memory)
+    output = tmp_path / "scores.safetensors"
+    assert cli.main(["calibrate", str(checkpoint), "--output", str(output), "--num-tokens", "60"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("cor-vllm: error: the device ran out of memory; try a smaller --max-memory")
+    assert "Traceback" not in "".join(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors.partial"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "config", "no weights", "half the weights", "index", "a file"])
+def test_unreadable_models(
+    damage: str, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, output = tmp_path / "model", tmp_path / "out" / "scores"
+    output.parent.mkdir()
+    shutil.copytree(checkpoint, folder)
+    if damage == "empty":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    elif damage == "config":
+        (folder / "config.json").write_text('{"model_type": ')
+    elif damage == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif damage == "half the weights":
+        whole = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    elif damage == "index":
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text("{}")
+    else:
+        folder = folder / "config.json"
+    assert cli.main(["calibrate", str(folder), "--output", str(output)]) == 1
+    error = capfd.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("cor-vllm: error: ") and str(folder) in error[-1], error
+    assert not any("Traceback" in line for line in error)
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("tokens", ["1", "2"])
+def test_too_few_hard_tokens(
+    tokens: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "scores"
+    assert cli.main(["calibrate", str(checkpoint), "--output", str(output), "--num-tokens", tokens]) == int(
+        tokens == "1"
+    )
+    error = capsys.readouterr().err
+    if tokens == "1":
+        assert "no hard position among 1: their losses are too few or too equal; raise --num-tokens" in error
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_extra_is_named(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
