@@ -82,6 +82,8 @@ def _measure_and_write(
     given = flat_mask(inputs.hard_positions, inputs.sequences) if inputs.hard_positions else None
     strata = stratify(base.losses, options.hard_percentile, options.easy_percentile, given)
     state = PartialState(options.output, _key(options, info, inputs, model), base.losses)
+    if options.algorithm == "plain":
+        console.print("the plain algorithm: one forward per intervention, much slower than the sweep")
     with _progress(console) as progress:
         task = progress.add_task("measuring", total=None, layers="")
         algorithm = ALGORITHMS[options.algorithm](
