@@ -29,7 +29,7 @@ class Places:
     sequence: torch.Tensor  # [R] int64, index into the batch of sequences
     position: torch.Tensor  # [R] int64
 
-    def __getitem__(self, rows: slice) -> "Places":
+    def __getitem__(self, rows: torch.Tensor) -> "Places":
         return Places(self.sequence[rows], self.position[rows])
 
     def __len__(self) -> int:
@@ -37,11 +37,20 @@ class Places:
 
 
 class SharedAttention:
-    """Keys and values of B unperturbed sequences at one layer, and the attention of variants to them."""
+    """Keys and values of B unperturbed sequences at one layer, and the attention of variants to them.
+
+    Raises:
+        CalibrationError: here or in a layer call, where the model's attention is not what this can follow.
+    """
 
     def __init__(self, config: Any) -> None:
         self._config = config
         self._own = config._attn_implementation
+        if self._own not in ("eager", "sdpa"):
+            raise CalibrationError(
+                f"{config.model_type}: attention implementation {self._own!r} is given no mask to read "
+                "windows from; load the model with sdpa or eager, or use --algorithm plain"
+            )
         self._recording = False
         self._key = self._value = torch.empty(0)  # [B, heads, S, head size] after rotary embedding
         self._visible = torch.empty(0)  # [S, S] bool: what each position sees before itself

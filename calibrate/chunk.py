@@ -61,8 +61,7 @@ class Chunk:
 
     def places_of(self, start: int, stop: int) -> Places:
         """Where rows start to stop − 1 stand."""
-        fork_rows = torch.arange(start, stop) % self.size
-        return Places(self.places.sequence[fork_rows], self.places.position[fork_rows])
+        return self.places[torch.arange(start, stop) % self.size]
 
 
 def _places(pairs: Sequence[tuple[int, int]]) -> Places:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as safetensors_load
-from safetensors.torch import save as safetensors_save
+from safetensors.torch import load_file, save_file
 
 from cor_vllm.calibrate.config import CalibrationError
 
@@ -34,12 +33,10 @@ class PartialState:
 
     def load(self) -> tuple[dict[str, torch.Tensor], str]:
         """An algorithm's state, and one line to tell the user ("" where there was none)."""
-        try:
-            data = self.path.read_bytes()
-        except FileNotFoundError:
+        if not self.path.exists():
             return {}, ""
         try:
-            tensors = safetensors_load(data)
+            tensors = load_file(self.path)
         except SafetensorError:
             return {}, f"{self.path} is damaged: starting from the first layer"
         baseline = tensors.pop(f"{self._key}/baseline", None)
@@ -60,13 +57,13 @@ class PartialState:
         tensors[f"{self._key}/baseline"] = self._baseline
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
-            temporary.write_bytes(safetensors_save(tensors, {"format": FORMAT}))
+            save_file(tensors, temporary, {"format": FORMAT})  # without a second copy in memory
             os.replace(temporary, self.path)
-        except OSError as error:
+        except (SafetensorError, OSError) as error:
             temporary.unlink(missing_ok=True)
             raise CalibrationError(
-                f"{self.path}: the state to resume from cannot be written ({error.strerror}); make "
-                "room there, or choose another --output"
+                f"{self.path}: the state to resume from cannot be written ({error}); make room there, or "
+                "choose another --output"
             ) from None
         except BaseException:
             temporary.unlink(missing_ok=True)

@@ -210,9 +210,10 @@ class Sweep:
 
         That is what the sweep rests on: a layer sees other positions through its attention alone.
         """
-        places = chunk.measured_places()[:CHECKED]
-        if not len(places):
+        measured = chunk.measured_places()
+        if not len(measured):
             return
+        places = measured[torch.linspace(0, len(measured) - 1, CHECKED).long()]
         expected = chunk.hidden[places.sequence, places.position].float()
         rows = self._run_variants(chunk, index, before[places.sequence, places.position], places)
         error = ((rows.float() - expected).norm(dim=1) / expected.norm(dim=1)).median().item()

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -392,20 +393,22 @@ def test_a_full_disk_at_the_end(checkpoint: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_a_full_disk_on_the_way(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second state fits only in part: the first one stays, whole."""
-    write, written = Path.write_bytes, []
+    """From the second state on no file may grow beyond a few bytes: the first state stays, whole."""
+    step = Sweep.step
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill(path: Path, data: bytes) -> int:
-        written.append(path)
-        if len(written) == 2:
-            write(path, data[: len(data) // 2])
-            raise OSError(28, "No space left on device")
-        return write(path, data)
+    def filling(self: Sweep, index: int) -> None:
+        step(self, index)
+        if index == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
 
-    monkeypatch.setattr(Path, "write_bytes", fill)
+    monkeypatch.setattr(Sweep, "step", filling)
     output = tmp_path / "scores.safetensors"
-    with pytest.raises(CalibrationError, match=r"state to resume from cannot be written \(No space left"):
-        calibrate(options(checkpoint, output), QUIET)
+    try:
+        with pytest.raises(CalibrationError, match=r"cannot be written \(.*File too large"):
+            calibrate(options(checkpoint, output), QUIET)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors.partial"]
     monkeypatch.undo()
     console = Console(record=True, file=io.StringIO())

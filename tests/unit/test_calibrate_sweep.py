@@ -1,6 +1,7 @@
 """The sweep against the plain algorithm, its oracle, on every supported family and option."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from pydantic import ValidationError
 
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
+from cor_vllm.calibrate.inputs import read_inputs
 from cor_vllm.calibrate.layers import chunks
+from cor_vllm.calibrate.loading import load_model
 from cor_vllm.calibrate.measure import LayerMeasurement
 from cor_vllm.calibrate.memory import bytes_per_row
 from cor_vllm.calibrate.moe_model import MoeModel
@@ -16,6 +19,8 @@ from cor_vllm.calibrate.plain import PlainAlgorithm, baseline
 from cor_vllm.calibrate.stratify import Strata, stratify
 from cor_vllm.calibrate.sweep import Sweep
 from tests import tiny_models
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -241,8 +246,40 @@ def test_unknown_arguments_of_attention_are_refused() -> None:
         case.sweep()
 
 
+def test_attention_without_a_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("mixtral")
+    monkeypatch.setattr(case.model.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(CalibrationError, match="mixtral: attention implementation 'flash_attention_2'"):
+        case.sweep()
+
+
+def test_a_window_that_the_mask_does_not_show_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("mixtral", sliding_window=4)
+    monkeypatch.setattr(
+        "cor_vllm.calibrate.attention.visible_before",
+        lambda mask, length: torch.ones(length, length, dtype=torch.bool).tril(-1),
+    )
+    with pytest.raises(CalibrationError, match="mixtral: decoder layer 0 computes a single position"):
+        case.sweep()
+
+
 def test_rotary_embeddings_that_depend_on_the_length_are_refused() -> None:
     case = Case("qwen3_moe")
     case.model.config.rope_parameters["rope_type"] = "dynamic"
     with pytest.raises(CalibrationError, match="qwen3_moe: rotary embedding 'dynamic'"):
         case.sweep()
+
+
+@pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not in this checkout")
+def test_on_the_demo_model() -> None:
+    """Trained weights and real text, where a loss is sometimes small and a router sometimes sure."""
+    chosen = {"model": str(DEMO), "output": "o", "num_tokens": 90, "seq_len": 48, "heldout_tokens": 0}
+    inputs = read_inputs(CalibrationOptions(**chosen), DEMO, 4096)
+    model = load_model(DEMO, "auto", "cpu")
+    base = baseline(model, inputs.sequences)
+    strata = stratify(base.losses, 90, 10)
+    results = []
+    for algorithm in (PlainAlgorithm, Sweep):
+        options_ = CalibrationOptions(**chosen, intensity="marginal")
+        results.append(Case.run(algorithm(model, options_, inputs.sequences, base, strata)))
+    compare(*results, 1e-5)  # losses reach 15 nats, so a unit in the last place is 1e-6
