@@ -210,7 +210,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
     from cor_vllm.calibrate.pipeline import calibrate
-    from cor_vllm.calibrate.show import warnings
+    from cor_vllm.calibrate.show import better_flags, warnings
     from cor_vllm.fingerprint import FingerprintError
     from cor_vllm.scores import ScoresError
 
@@ -232,6 +232,8 @@ def _calibrate(args: argparse.Namespace) -> int:
         )
     for line in warnings(scores):
         print(f"warning: {line}", file=sys.stderr)
+    for setting in better_flags(scores):
+        print(f"would have done better on the held-out text: {setting}", file=sys.stderr)
     print(f"wrote {options.output}; look at it with: cor-vllm show {options.output}")
     return 0
 

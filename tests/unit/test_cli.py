@@ -271,6 +271,20 @@ def test_late_failures_are_one_line(
     assert message in one_error(capsys)
 
 
+def test_calibrate_names_the_settings_that_did_better(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cor_vllm.calibrate.show.SIGNIFICANT", -100)  # random weights: let noise pass for it
+    output = tmp_path / "scores"
+    sizes = ["--num-tokens", "60", "--heldout-tokens", "200", "--seq-len", "32"]
+    assert cli.main(["calibrate", str(checkpoint), "--output", str(output), *sizes]) == 0
+    calibrated = capsys.readouterr().err
+    assert cli.main(["show", "--json", str(output)]) == 0
+    better = json.loads(capsys.readouterr().out)["better"]
+    lines = [line for line in calibrated.splitlines() if line.startswith("would have done better")]
+    assert better and lines == [f"would have done better on the held-out text: {one}" for one in better]
+
+
 def test_a_gpu_out_of_memory_on_the_way(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
