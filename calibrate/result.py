@@ -53,10 +53,8 @@ def assemble(
     tables = Tables(k, cei)
     heldout, serving = _judge(model, options, inputs, tables)
     if heldout:
-        trials = _alternatives(model, options, tables, serving, impacts, [mean for mean, _ in hard], rki)
-        chosen = Alternative("", serving.mode, serving.lambda_, tables)
-        differences = compare(model, inputs.heldout, chosen, trials, options.seed)
-        heldout = heldout.model_copy(update={"alternatives": differences})
+        others = _alternatives(model, options, tables, serving, impacts, [mean for mean, _ in hard], rki)
+        heldout = _compared(model, options, inputs, heldout, tables, serving, others)
     details = _details(model, options, inputs, base, measured)
     return Scores(
         layer_index=torch.tensor(model.layer_index, dtype=torch.int32),
@@ -83,6 +81,21 @@ def assemble(
             versions={name: _version(name) for name in ("cor-vllm", "torch", "transformers")},
         ),
     )  # fmt: skip
+
+
+def _compared(
+    model: MoeModel,
+    options: CalibrationOptions,
+    inputs: Inputs,
+    heldout: HeldoutInfo,
+    tables: Tables,
+    serving: ServingInfo,
+    others: Sequence[Alternative],
+) -> HeldoutInfo:
+    """The held-out report with what each alternative would have done."""
+    chosen = Alternative("", serving.mode, serving.lambda_, tables)
+    differences = compare(model, inputs.heldout, chosen, others, options.seed)
+    return heldout.model_copy(update={"alternatives": differences})
 
 
 def _alternatives(
