@@ -1,11 +1,13 @@
 """What a calibration is asked to do: one frozen, validated object, made from the command line."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 DEFAULT_CORPUS = "default"
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 Ablation = Literal["backfill", "drop"]
 PerturbTarget = Literal["moe", "layer"]
@@ -36,7 +38,7 @@ class CalibrationOptions(BaseModel):
     scope: Scope = "token"
     perturb_scope: Scope = "sequence"
     perturb_target: PerturbTarget = "moe"
-    algorithm: Literal["plain"] = "plain"
+    algorithm: Literal["sweep", "plain"] = "sweep"
     intensity: Literal["ratio", "hard", "marginal"] = "ratio"
     budget: Literal["exact", "paper"] = "exact"
     k_min: int | None = Field(default=None, ge=1)
@@ -47,12 +49,30 @@ class CalibrationOptions(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**31)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = None
+    max_memory: int = Field(default=2 * 10**9, ge=1)  # bytes
     resume: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_algorithm(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Sequence-scope ablation is plain's alone, and so its default."""
+        plain = values.get("scope") == "sequence"
+        return {"algorithm": "plain" if plain else "sweep"} | values
+
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _bytes(cls, value: object) -> object:
+        return parse_bytes(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.delta == 0:
             raise ValueError("--delta 0 perturbs nothing; give another value, the default is 0.1")
+        if self.algorithm == "sweep" and self.scope == "sequence":
+            raise ValueError(
+                "--scope sequence takes an expert away at every position, which the sweep does not cover; "
+                "leave out --algorithm, or give --algorithm plain"
+            )
         if self.easy_percentile > self.hard_percentile:
             raise ValueError("--easy-percentile must not exceed --hard-percentile")
         if self.positions and not self.token_ids:
@@ -88,3 +108,16 @@ class CalibrationOptions(BaseModel):
             if values[field] is not None:
                 values[field] = Path(values[field]).name
         return values
+
+
+def parse_bytes(text: str) -> int:
+    """ "2GB", "512 MiB" or "1000000" (bytes) as a number of bytes.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = (match[2].upper() or "B") if match else ""
+    if match is None or unit not in UNITS:
+        raise ValueError(f"{text!r} is no size; write it like 2GB, 512MiB or 1000000")
+    return int(float(match[1]) * UNITS[unit])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -89,6 +90,36 @@ def check(
         losses = position_losses(model, sequences, rules(model, tables, mode, lam, seed))
         modes[mode] = _mode_loss(losses, stock, hard)
     return HeldoutInfo(positions=len(stock), hard_positions=int(hard.sum()), modes=modes, **{"lambda": lam})
+
+
+@dataclass(frozen=True, eq=False)
+class Alternative:
+    """A setting that the user could have asked for, and the flags that ask for it."""
+
+    flags: str
+    mode: Mode
+    lam: float
+    tables: Tables
+
+
+def compare(
+    model: MoeModel,
+    sequences: Sequence[Sequence[int]],
+    chosen: Alternative,
+    others: Sequence[Alternative],
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Loss of each alternative minus that of the chosen setting: paired mean and standard error, nats."""
+
+    def losses(setting: Alternative) -> torch.Tensor:
+        routing = rules(model, setting.tables, setting.mode, setting.lam, seed)
+        return position_losses(model, sequences, routing).double()
+
+    own, trials = losses(chosen), []
+    for other in others:
+        difference, sem = mean_and_sem(losses(other) - own)
+        trials.append({"flags": other.flags, "difference": difference, "sem": sem})
+    return trials
 
 
 def _mode_loss(losses: torch.Tensor, stock: torch.Tensor, hard: torch.Tensor) -> ModeLoss:

@@ -108,6 +108,11 @@ class MoeModel:
         return len(self._routers)
 
     @property
+    def decoder_layers(self) -> list[nn.Module]:
+        """All decoder layers, those without experts too."""
+        return list(self.model.model.layers)
+
+    @property
     def device(self) -> torch.device:
         """Where input ids have to be."""
         device: torch.device = self.model.get_input_embeddings().weight.device
@@ -138,12 +143,15 @@ class MoeModel:
         hidden = self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
         flat, targets = hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
         chunks = [
-            functional.cross_entropy(
-                self.model.lm_head(rows).float(), target.to(rows.device), reduction="none"
-            )
+            self.head_losses(rows, target)
             for rows, target in zip(flat.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
         ]
         return torch.cat(chunks).view(len(input_ids), -1).cpu()
+
+    def head_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """[R] float32 losses of [R, D] hidden states, after the final norm, at [R] target tokens, nats."""
+        logits = self.model.lm_head(hidden).float()
+        return functional.cross_entropy(logits, targets.to(logits.device), reduction="none")
 
     @contextmanager
     def routing(self, rules: Mapping[int, Rule], rows: torch.Tensor | None = None) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,19 @@ from cor_vllm.calibrate.allocation import bounds
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
 from cor_vllm.calibrate.inputs import Inputs, read_inputs
 from cor_vllm.calibrate.loading import load_model, model_folder, read_config
-from cor_vllm.calibrate.measure import LayerMeasurement
 from cor_vllm.calibrate.moe_model import MoeModel
 from cor_vllm.calibrate.plain import PlainAlgorithm, baseline
 from cor_vllm.calibrate.result import assemble
 from cor_vllm.calibrate.state import PartialState
 from cor_vllm.calibrate.stratify import flat_mask, stratify
+from cor_vllm.calibrate.sweep import Sweep
 from cor_vllm.fingerprint import read_routers
 from cor_vllm.metadata import ModelInfo
 from cor_vllm.scores import Scores
+
+SAVE_FREELY = 1.0  # seconds: a state written faster than this is written after every step,
+SAVE_RATIO = 10  # a larger one not before the work since has taken this many times as long
+ALGORITHMS: dict[str, type[Sweep] | type[PlainAlgorithm]] = {"sweep": Sweep, "plain": PlainAlgorithm}
 
 
 def calibrate(options: CalibrationOptions, console: Console) -> Scores:
@@ -41,9 +46,9 @@ def calibrate(options: CalibrationOptions, console: Console) -> Scores:
         The scores as written to `options.output`.
 
     Raises:
-        CalibrationError, FingerprintError: the calibration cannot be done; one line says why.
+        CalibrationError, FingerprintError: the calibration cannot be done or not be written; one line says
+            why.
         ScoresError: an intervention gave losses that are not finite.
-        OSError: the result cannot be written.
     """
     _check_output(options.output)
     folder, revision = model_folder(options.model)
@@ -77,43 +82,49 @@ def _measure_and_write(
     given = flat_mask(inputs.hard_positions, inputs.sequences) if inputs.hard_positions else None
     strata = stratify(base.losses, options.hard_percentile, options.easy_percentile, given)
     state = PartialState(options.output, _key(options, info, inputs, model), base.losses)
-    done: dict[int, LayerMeasurement] = {}
-    if options.resume:
-        done, note = state.load()
-        if note:
-            console.print(note, highlight=False)
+    if options.algorithm == "plain":
+        console.print("the plain algorithm: one forward per intervention, much slower than the sweep")
     with _progress(console) as progress:
         task = progress.add_task("measuring", total=None, layers="")
-        algorithm = PlainAlgorithm(
+        algorithm = ALGORITHMS[options.algorithm](
             model, options, inputs.sequences, base, strata, lambda rows: progress.advance(task, rows)
         )
-        _measure_layers(
-            algorithm, model.num_layers, done, state, lambda **values: progress.update(task, **values)
-        )
+        finished = 0
+        if options.resume:
+            tensors, note = state.load()
+            finished = algorithm.restore(tensors)
+            if note:
+                console.print(note, highlight=False)
+        _measure_layers(algorithm, finished, state, lambda **values: progress.update(task, **values))
     console.print(
         "checking the result on held-out text" if inputs.heldout else "no held-out text to check on"
     )
-    measured = [done[layer] for layer in range(model.num_layers)]
-    result = assemble(model, options, info, inputs, base, strata, measured)
-    scores_file.save(options.output, result)
+    result = assemble(model, options, info, inputs, base, strata, algorithm.result())
+    try:
+        scores_file.save(options.output, result)
+    except OSError as error:
+        raise CalibrationError(
+            f"--output {options.output}: cannot be written ({error.strerror}); make room there, and the same "
+            "command goes on from where it stopped"
+        ) from None
     state.remove()
     return result
 
 
 def _measure_layers(
-    algorithm: PlainAlgorithm,
-    num_layers: int,
-    done: dict[int, LayerMeasurement],
-    state: PartialState,
-    update: Callable[..., None],
+    algorithm: PlainAlgorithm | Sweep, finished: int, state: PartialState, update: Callable[..., None]
 ) -> None:
-    rows = [algorithm.rows_per_layer(layer) for layer in range(num_layers)]
-    update(total=sum(rows), completed=sum(rows[layer] for layer in done))
-    for layer in range(num_layers):
-        update(layers=f"layer {layer + 1} of {num_layers}")
-        if layer not in done:
-            done[layer] = algorithm.measure(layer)
-            state.save(done)
+    work = algorithm.work()
+    update(total=sum(work), completed=sum(work[:finished]))
+    saved, duration = time.monotonic(), 0.0
+    for step in range(finished, len(work)):
+        update(layers=f"step {step + 1} of {len(work)}")
+        algorithm.step(step)
+        if time.monotonic() - saved >= duration * SAVE_RATIO:
+            started = time.monotonic()
+            state.save(algorithm.state(step + 1))
+            saved = time.monotonic()
+            duration = saved - started if saved - started > SAVE_FREELY else 0.0
 
 
 def _progress(console: Console) -> Progress:

@@ -4,7 +4,7 @@ Rows of a batch do not see each other, so several interventions share a forward 
 is causal, so a row whose loss is read at position t alone is cut after token t+1.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -77,7 +77,7 @@ def baseline(model: MoeModel, sequences: Sequence[Sequence[int]]) -> Baseline:
 
 
 class PlainAlgorithm:
-    """Measures one layer at a time.
+    """Measures one layer at a time; one step is one MoE layer.
 
     Args:
         model: the model.
@@ -110,11 +110,37 @@ class PlainAlgorithm:
         self._active = [
             model.route(router_logits[strata.hard])[1].long() for router_logits in base.router_logits
         ]  # per layer [H, top_k]
+        self._done: list[LayerMeasurement] = []
 
-    def rows_per_layer(self, layer: int) -> int:
-        """How many rows `measure(layer)` will run: the unit of progress."""
-        sensitivity = self._sensitivity_rows()
-        return len(sensitivity) + len(self._ablation_rows(layer)) + len(self._hard) * len(self._other_k())
+    def work(self) -> list[int]:
+        """Rows that each step will run: the unit of progress."""
+        others = len(self._sensitivity_rows()) + len(self._hard) * len(self._other_k())
+        return [others + len(self._ablation_rows(layer)) for layer in range(self._model.num_layers)]
+
+    def state(self, steps: int) -> dict[str, torch.Tensor]:
+        """What `restore` needs to go on after so many steps."""
+        return {
+            f"{layer}/{field}": value
+            for layer, measured in enumerate(self._done[:steps])
+            for field, value in measured.tensors().items()
+        }
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> int:
+        """Take up a saved state; the number of finished steps."""
+        fields: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            layer, field = name.split("/")
+            fields.setdefault(int(layer), {})[field] = tensor
+        self._done = [LayerMeasurement.from_tensors(fields[layer]) for layer in range(len(fields))]
+        return len(self._done)
+
+    def step(self, layer: int) -> None:
+        """Measure one layer and keep the result."""
+        self._done.append(self.measure(layer))
+
+    def result(self) -> list[LayerMeasurement]:
+        """Loss changes of every MoE layer, once all steps are done."""
+        return self._done
 
     def measure(self, layer: int) -> LayerMeasurement:
         """Every loss change of MoE layer `layer` (Eq. 3 and Eq. 5 to 7), nats, float64."""

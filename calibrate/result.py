@@ -10,15 +10,16 @@ from cor_vllm import __version__
 from cor_vllm.calibrate import statistics
 from cor_vllm.calibrate.allocation import budget
 from cor_vllm.calibrate.config import CalibrationOptions
-from cor_vllm.calibrate.heldout import Tables, check, tune
+from cor_vllm.calibrate.heldout import Alternative, Tables, check, compare, tune
 from cor_vllm.calibrate.inputs import Inputs
 from cor_vllm.calibrate.measure import Baseline, LayerMeasurement
 from cor_vllm.calibrate.moe_model import MoeModel
 from cor_vllm.calibrate.stratify import Strata
-from cor_vllm.metadata import CalibrationInfo, HeldoutInfo, ModelInfo, ScoresConfig, ServingInfo
+from cor_vllm.metadata import CalibrationInfo, HeldoutInfo, Mode, ModelInfo, ScoresConfig, ServingInfo
 from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
 
 DEFAULT_SERVING = ServingInfo()
+SERVED: tuple[Mode, ...] = ("off", "layer", "expert", "full")
 
 
 def assemble(
@@ -49,7 +50,11 @@ def assemble(
     marginal = [(_estimate(m.fewer), _estimate(m.more)) for m in measured]
     intensity = [mean for mean, _ in hard] if options.intensity == "hard" else rki
     k, budget_info = budget(options, model.num_experts, model.top_k, intensity, marginal)
-    heldout, serving = _judge(model, options, inputs, Tables(k, cei))
+    tables = Tables(k, cei)
+    heldout, serving = _judge(model, options, inputs, tables)
+    if heldout:
+        others = _alternatives(model, options, tables, serving, impacts, [mean for mean, _ in hard], rki)
+        heldout = _compared(model, options, inputs, heldout, tables, serving, others)
     details = _details(model, options, inputs, base, measured)
     return Scores(
         layer_index=torch.tensor(model.layer_index, dtype=torch.int32),
@@ -76,6 +81,55 @@ def assemble(
             versions={name: _version(name) for name in ("cor-vllm", "torch", "transformers")},
         ),
     )  # fmt: skip
+
+
+def _compared(
+    model: MoeModel,
+    options: CalibrationOptions,
+    inputs: Inputs,
+    heldout: HeldoutInfo,
+    tables: Tables,
+    serving: ServingInfo,
+    others: Sequence[Alternative],
+) -> HeldoutInfo:
+    """The held-out report with what each alternative would have done."""
+    chosen = Alternative("", serving.mode, serving.lambda_, tables)
+    differences = compare(model, inputs.heldout, chosen, others, options.seed)
+    return heldout.model_copy(update={"alternatives": differences})
+
+
+def _alternatives(
+    model: MoeModel,
+    options: CalibrationOptions,
+    tables: Tables,
+    serving: ServingInfo,
+    impacts: Sequence[statistics.ExpertImpact],
+    hard: Sequence[float],
+    rki: Sequence[float],
+) -> list[Alternative]:
+    """Every setting one flag away that these measurements can give, the file's own left out."""
+    mode, lam = serving.mode, serving.lambda_
+    found = [
+        Alternative(f"--cor-mode {other}", other, lam or DEFAULT_SERVING.lambda_, tables)
+        for other in SERVED
+        if other != mode
+    ]
+    if mode in ("full", "expert"):
+        lams = (value for value in SWAP_RATE_LAMBDAS if value < lam)
+        found += [Alternative(f"--cor-lambda {value:g}", mode, value, tables) for value in lams]
+        other_cei = torch.stack([
+            statistics.normalise(impact.raw if options.shrink else statistics.shrink(impact))
+            for impact in impacts
+        ])  # fmt: skip
+        flag = "without --shrink" if options.shrink else "--shrink"
+        found.append(Alternative(flag, mode, lam, Tables(tables.k, other_cei)))
+    if mode in ("full", "layer"):
+        for intensity, values in (("ratio", rki), ("hard", hard)):
+            if intensity != options.intensity:
+                other = options.model_copy(update={"intensity": intensity})
+                k, _ = budget(other, model.num_experts, model.top_k, values)
+                found.append(Alternative(f"--intensity {intensity}", mode, lam, Tables(k, tables.cei)))
+    return found
 
 
 def _details(

@@ -7,12 +7,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cor_vllm.calibrate.statistics import full_reliability, samples_for
 from cor_vllm.metadata import HeldoutInfo
 from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
 
 DORMANT_CEI = 0.5  # normalised: the upper half of the layer's range
 SIGNIFICANT = 2.0  # standard errors
-RELIABLE = 0.5  # split-half correlation below which CEI is more noise than signal
+RELIABLE = 0.8  # wanted of CEI: the correlation of its values with those of as many other positions
 
 
 def dormant(scores: Scores) -> torch.Tensor:
@@ -40,12 +41,44 @@ def warnings(scores: Scores) -> list[str]:
                 "R_l is mostly noise there; --intensity hard or marginal is steadier"
             )
     correlation = details.get("cei_split_half")
-    if correlation is not None and correlation < RELIABLE:
-        lines.append(
-            f"CEI from one half of the {config.calibration.num_hard} hard positions correlates with the "
-            f"other half at {correlation:.2f} only; raise --num-tokens"
-        )
+    if correlation is not None and full_reliability(correlation) < RELIABLE:
+        lines.append(f"too few hard positions for CEI: {reliability(scores)}")
     return lines
+
+
+def reliability(scores: Scores) -> str:
+    """One sentence on how well the hard positions determine CEI, and how many would do; "" if not known."""
+    calibration = scores.config.calibration
+    correlation = (calibration.model_extra or {}).get("cei_split_half")
+    if correlation is None:
+        return ""
+    found = (
+        f"halves of the {calibration.num_hard} correlate at {correlation:.2f}, so all of them have a "
+        f"reliability of {full_reliability(correlation):.2f}"
+    )
+    needed = samples_for(RELIABLE, correlation, calibration.num_hard)
+    if needed is None:
+        return f"{found}; how many would do cannot be told, try ten times as many"
+    if (calibration.model_extra or {}).get("positions"):
+        return f"{found}; {RELIABLE:g} takes about {_rough(needed)}: name more in --positions"
+    tokens = needed * calibration.num_positions / max(calibration.num_hard, 1)
+    return f"{found}; {RELIABLE:g} takes about {_rough(needed)}: --num-tokens {_rough(tokens)}"
+
+
+def _rough(number: float) -> int:
+    """Two digits: what an estimate from one split is worth."""
+    return int(float(f"{number:.1e}"))
+
+
+def better_flags(scores: Scores) -> list[str]:
+    """Settings whose held-out loss was lower than that of the file's own by more than its noise."""
+    heldout = scores.config.heldout
+    trials = (heldout.model_extra or {}).get("alternatives", []) if heldout else []
+    return [
+        f"{trial['flags']} ({trial['difference']:+.4f} ± {trial['sem']:.4f} nats)"
+        for trial in sorted(trials, key=lambda trial: trial["difference"])
+        if trial["difference"] < -SIGNIFICANT * trial["sem"]
+    ]
 
 
 def as_json(scores: Scores) -> str:
@@ -68,7 +101,10 @@ def as_json(scores: Scores) -> str:
             "swap_rate": dict(zip(map(str, SWAP_RATE_LAMBDAS), scores.swap_rate[m].tolist(), strict=True)),
         })  # fmt: skip
     config: dict[str, Any] = scores.config.model_dump(mode="json", by_alias=True)
-    return json.dumps({"config": config, "layers": layers, "warnings": warnings(scores)}, indent=2)
+    return json.dumps(
+        {"config": config, "layers": layers, "warnings": warnings(scores), "better": better_flags(scores)},
+        indent=2,
+    )
 
 
 def print_scores(scores: Scores, console: Console) -> None:
@@ -90,11 +126,13 @@ def print_scores(scores: Scores, console: Console) -> None:
     rates = scores.swap_rate.double().mean(0).tolist()
     shares = ", ".join(f"{lam:g}: {rate:.1%}" for lam, rate in zip(SWAP_RATE_LAMBDAS, rates, strict=True))
     console.print(f"slots that λ changes, mean over layers: {shares}", highlight=False)
-    reliability = (calibration.model_extra or {}).get("cei_split_half")
-    if reliability is not None:
-        console.print(f"CEI split-half correlation: {reliability:.2f}", highlight=False)
+    if reliability(scores):
+        console.print(f"hard positions: {reliability(scores)}", highlight=False)
     if config.heldout:
         console.print(_heldout_table(config.heldout))
+        better = better_flags(scores)
+        found = "; ".join(better) if better else "none of the settings tried"
+        console.print(f"would have done better on the held-out text: {found}", highlight=False)
     for line in warnings(scores):
         console.print(f"warning: {line}", style="yellow", highlight=False)
 

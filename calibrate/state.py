@@ -1,4 +1,7 @@
-"""What a killed run leaves: finished layers in `<output>.partial`, from which the same command resumes."""
+"""What a killed run leaves: the state after its last finished step in `<output>.partial`.
+
+The same command resumes from it.
+"""
 
 import os
 from collections.abc import Mapping
@@ -6,10 +9,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as safetensors_load
-from safetensors.torch import save as safetensors_save
+from safetensors.torch import load_file, save_file
 
-from cor_vllm.calibrate.measure import LayerMeasurement
+from cor_vllm.calibrate.config import CalibrationError
 
 FORMAT = "cor-partial/1"
 BASELINE_TOLERANCE = 1e-3  # nats; other weights under the same routers differ by more
@@ -29,14 +31,12 @@ class PartialState:
         self._key = key
         self._baseline = baseline
 
-    def load(self) -> tuple[dict[int, LayerMeasurement], str]:
-        """The finished layers, and one line to tell the user ("" where there was no state)."""
-        try:
-            data = self.path.read_bytes()
-        except FileNotFoundError:
+    def load(self) -> tuple[dict[str, torch.Tensor], str]:
+        """An algorithm's state, and one line to tell the user ("" where there was none)."""
+        if not self.path.exists():
             return {}, ""
         try:
-            tensors = safetensors_load(data)
+            tensors = load_file(self.path)
         except SafetensorError:
             return {}, f"{self.path} is damaged: starting from the first layer"
         baseline = tensors.pop(f"{self._key}/baseline", None)
@@ -45,24 +45,26 @@ class PartialState:
         same = baseline.shape == self._baseline.shape
         if not same or not torch.allclose(baseline, self._baseline, rtol=0, atol=BASELINE_TOLERANCE):
             return {}, f"{self.path} is of other model weights: starting from the first layer"
-        fields: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            layer, field = name.split("/")
-            fields.setdefault(int(layer), {})[field] = tensor
-        done = {layer: LayerMeasurement.from_tensors(values) for layer, values in fields.items()}
-        return done, f"resuming from {self.path}, layers done: {len(done)}"
+        return tensors, f"resuming from {self.path}"
 
-    def save(self, done: Mapping[int, LayerMeasurement]) -> None:
-        """Write all finished layers; the file is replaced in one step, never half written."""
-        tensors = {f"{self._key}/baseline": self._baseline}
-        for layer, measurement in done.items():
-            tensors |= {
-                f"{layer}/{field}": value.contiguous() for field, value in measurement.tensors().items()
-            }
+    def save(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Keep an algorithm's state; the file is replaced in one step, never half written.
+
+        Raises:
+            CalibrationError: no room, or no right to write.
+        """
+        tensors = {name: values.contiguous() for name, values in state.items()}
+        tensors[f"{self._key}/baseline"] = self._baseline
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
-            temporary.write_bytes(safetensors_save(tensors, {"format": FORMAT}))
+            save_file(tensors, temporary, {"format": FORMAT})  # without a second copy in memory
             os.replace(temporary, self.path)
+        except (SafetensorError, OSError) as error:
+            temporary.unlink(missing_ok=True)
+            raise CalibrationError(
+                f"{self.path}: the state to resume from cannot be written ({error}); make room there, or "
+                "choose another --output"
+            ) from None
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

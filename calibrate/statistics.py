@@ -1,5 +1,6 @@
 """From single loss changes to the numbers of a scores file. Pure torch; all sums in float64."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -122,3 +123,20 @@ def split_half_correlation(
     first, second = torch.cat(sides[0]), torch.cat(sides[1])
     scale = (first.norm() * second.norm()).item()
     return (first @ second).item() / scale if scale > 0 else None
+
+
+def full_reliability(split_half: float) -> float:
+    """Spearman-Brown: the reliability of all samples from the correlation of their halves, 2r / (1 + r)."""
+    return 2 * split_half / (1 + split_half) if split_half > -1 else -1.0
+
+
+def samples_for(reliability: float, split_half: float, samples: int) -> int | None:
+    """How many samples would have a reliability, where the halves of so many correlate at `split_half`.
+
+    Spearman-Brown: n times as many samples have the reliability n·r / (1 + (n − 1)·r). Assumes that noise
+    shrinks as 1/√n and that further samples are of the same kind. None where the halves do not agree at all.
+    """
+    if split_half <= 0:
+        return None
+    times = reliability * (1 - split_half) / (split_half * (1 - reliability))
+    return math.ceil(times * samples / 2)

@@ -142,7 +142,13 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         help="what is scaled: what the MoE block adds to the residual stream, or the whole stream after the "
         "layer (default: moe)",
     )
-    add("--algorithm", choices=("plain",), help="plain: one full forward per intervention (default: plain)")
+    add(
+        "--algorithm",
+        choices=("sweep", "plain"),
+        help="sweep: all interventions in one pass over the layers; plain: one full forward per "
+        "intervention, slow, with the same numbers; --scope sequence takes plain, the sweep does not cover "
+        "it (default: sweep)",
+    )
     add(
         "--shrink",
         action="store_true",
@@ -185,6 +191,12 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", metavar="DEVICE", help="a torch device (default: cuda where there is one, else cpu)")
     add(
+        "--max-memory",
+        metavar="SIZE",
+        help="what the sweep's activations may take on the device, weights not counted, like 500MB or 4GiB; "
+        "what waits for its turn is in host memory (default: 2GB)",
+    )
+    add(
         "--resume",
         action=argparse.BooleanOptionalAction,
         help="go on from FILE.partial, which an interrupted run left (default: --resume)",
@@ -198,7 +210,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
     from cor_vllm.calibrate.pipeline import calibrate
-    from cor_vllm.calibrate.show import warnings
+    from cor_vllm.calibrate.show import better_flags, warnings
     from cor_vllm.fingerprint import FingerprintError
     from cor_vllm.scores import ScoresError
 
@@ -215,10 +227,13 @@ def _calibrate(args: argparse.Namespace) -> int:
         return _fail(error)
     except torch.OutOfMemoryError:
         return _fail(
-            "the device ran out of memory; try --dtype bfloat16, a shorter --seq-len, or --device cpu"
+            "the device ran out of memory; try a smaller --max-memory, --dtype bfloat16, a shorter "
+            "--seq-len, or --device cpu"
         )
     for line in warnings(scores):
         print(f"warning: {line}", file=sys.stderr)
+    for setting in better_flags(scores):
+        print(f"would have done better on the held-out text: {setting}", file=sys.stderr)
     print(f"wrote {options.output}; look at it with: cor-vllm show {options.output}")
     return 0
 

@@ -1,8 +1,12 @@
 """A whole calibration on a tiny model: the file, its checks, killing and resuming it, the plots."""
 
+import dataclasses
 import io
 import json
+import multiprocessing
 import os
+import random
+import resource
 import signal
 import subprocess
 import sys
@@ -23,10 +27,12 @@ from cor_vllm.calibrate.allocation import move_units
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
 from cor_vllm.calibrate.heldout import Tables, check
 from cor_vllm.calibrate.inputs import read_inputs
-from cor_vllm.calibrate.loading import load_model
+from cor_vllm.calibrate.loading import load_model, read_config
+from cor_vllm.calibrate.memory import bytes_per_row
 from cor_vllm.calibrate.pipeline import calibrate
 from cor_vllm.calibrate.plain import PlainAlgorithm, baseline
 from cor_vllm.calibrate.stratify import stratify
+from cor_vllm.calibrate.sweep import Sweep
 from cor_vllm.fingerprint import read_routers
 from cor_vllm.scores import SWAP_RATE_LAMBDAS
 from tests import tiny_models
@@ -86,10 +92,11 @@ def test_the_numbers_are_those_of_the_measurements(result: Path, checkpoint: Pat
     inputs = read_inputs(chosen, checkpoint, model.config.vocab_size)
     base = baseline(model, inputs.sequences)
     strata = stratify(base.losses, 90, 10)
-    algorithm = PlainAlgorithm(model, chosen, inputs.sequences, base, strata)
+    algorithm = Sweep(model, chosen, inputs.sequences, base, strata)
+    for step in range(len(algorithm.work())):
+        algorithm.step(step)
     assert scores.config.calibration.tau_high == strata.tau_high
-    for m in range(2):
-        measured = algorithm.measure(m)
+    for m, measured in enumerate(algorithm.result()):
         hard, easy = measured.hard.mean().item(), measured.easy.mean().item()
         assert scores.sensitivity_hard[m].item() == pytest.approx(hard, rel=1e-6)
         assert scores.sensitivity_easy[m].item() == pytest.approx(easy, rel=1e-6)
@@ -142,6 +149,29 @@ def test_heldout_check_by_hand(result: Path, checkpoint: Path) -> None:
             assert stat.mean == pytest.approx(values[rows].mean().item(), abs=1e-5)
             assert stat.difference == pytest.approx(change.mean().item(), abs=1e-5)
             assert stat.sem == pytest.approx(change.std().item() / len(change) ** 0.5, abs=1e-5)
+
+
+def test_alternatives_are_what_their_flags_give(result: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Each setting's difference again from a file calibrated with its flag, or from the modes' own means."""
+    scores = scores_file.load(result)
+    heldout = scores.config.heldout
+    assert heldout is not None and heldout.model_extra is not None
+    trials = {trial["flags"]: trial["difference"] for trial in heldout.model_extra["alternatives"]}
+    assert set(trials) == {
+        "--cor-mode off", "--cor-mode layer", "--cor-mode expert", "--cor-lambda 0.01", "--cor-lambda 0.02",
+        "--cor-lambda 0.05", "--shrink", "--intensity hard",
+    }  # fmt: skip
+    full = heldout.modes["full"].all.mean
+    for mode, name in (("off", "stock"), ("layer", "layer"), ("expert", "expert")):
+        assert trials[f"--cor-mode {mode}"] == pytest.approx(heldout.modes[name].all.mean - full, abs=1e-5)
+    flags: dict[str, dict[str, Any]] = {
+        "--shrink": {"shrink": True},
+        "--intensity hard": {"intensity": "hard"},
+    }
+    for flag, values in flags.items():
+        other = calibrate(options(checkpoint, tmp_path / "s", **values), QUIET).config.heldout
+        assert other is not None
+        assert trials[flag] == pytest.approx(other.modes["full"].all.mean - full, abs=1e-5)
 
 
 def test_no_heldout_check_on_request(checkpoint: Path, tmp_path: Path) -> None:
@@ -219,37 +249,103 @@ def test_given_ids_and_positions(checkpoint: Path, tmp_path: Path) -> None:
     assert scores.config.heldout is None
 
 
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
-    measure = PlainAlgorithm.measure
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    for algorithm in (PlainAlgorithm, Sweep):
 
-    def interrupted(self: PlainAlgorithm, layer: int) -> Any:
-        if layer == layers:
-            raise KeyboardInterrupt
-        return measure(self, layer)
+        def interrupted(self: Any, index: int, step: Any = algorithm.step) -> None:
+            if index == steps:
+                raise KeyboardInterrupt
+            step(self, index)
 
-    monkeypatch.setattr(PlainAlgorithm, "measure", interrupted)
+        monkeypatch.setattr(algorithm, "step", interrupted)
 
 
-@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize(
+    ("algorithm", "steps", "last"), [("plain", 0, 2), ("plain", 1, 2), *(("sweep", s, 4) for s in range(4))]
+)
 def test_an_interrupted_run_resumes_to_the_same_bytes(
-    checkpoint: Path, result: Path, tmp_path: Path, layers: int
+    checkpoint: Path, result: Path, tmp_path: Path, algorithm: str, steps: int, last: int
 ) -> None:
     output = tmp_path / "scores.safetensors"
+    chosen = options(checkpoint, output, algorithm=algorithm)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        interrupt_after(monkeypatch, layers)
+        interrupt_after(monkeypatch, steps)
         with pytest.raises(KeyboardInterrupt):
-            calibrate(options(checkpoint, output), QUIET)
-    assert [path.name for path in tmp_path.iterdir()] == (["scores.safetensors.partial"] if layers else [])
+            calibrate(chosen, QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == (["scores.safetensors.partial"] if steps else [])
     with pytest.MonkeyPatch.context() as monkeypatch:
-        measured = []
-        measure = PlainAlgorithm.measure
-        monkeypatch.setattr(
-            PlainAlgorithm, "measure", lambda self, layer: (measured.append(layer), measure(self, layer))[1]
-        )
-        calibrate(options(checkpoint, output), QUIET)
-    assert measured == list(range(layers, 2)), "finished layers are not measured again"
+        done = []
+        kind: Any = Sweep if algorithm == "sweep" else PlainAlgorithm
+        step = kind.step
+        monkeypatch.setattr(kind, "step", lambda self, index: (done.append(index), step(self, index))[1])
+        calibrate(chosen, QUIET)
+    assert done == list(range(steps, last)), "finished steps are not done again"
+    if algorithm == "plain":
+        result = tmp_path / "uninterrupted"
+        calibrate(options(checkpoint, result, algorithm="plain"), QUIET)
     assert output.read_bytes() == result.read_bytes()
-    assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors"]
+    assert not state.partial_path(output).exists()
+
+
+def test_killed_at_random_points_it_ends_in_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
+    """SIGKILL, which nothing can catch, at least 20 times; a child that was quicker starts again."""
+    output = tmp_path / "scores.safetensors"
+    two_chunks = 48 * bytes_per_row(read_config(checkpoint), 24, 4)
+    chosen = options(checkpoint, output, max_memory=two_chunks)
+    generator = random.Random(0)
+    context = multiprocessing.get_context("fork")  # the imports are done, so a run takes a second
+
+    def run(seconds: float | None) -> int | None:
+        child = context.Process(target=calibrate, args=(chosen, QUIET))
+        child.start()
+        child.join(seconds)
+        if child.is_alive():
+            child.kill()
+            child.join()
+        return child.exitcode
+
+    start = time.monotonic()
+    assert run(None) == 0
+    duration = time.monotonic() - start
+    expected = output.read_bytes()
+    output.unlink()
+    resumed = kills = 0
+    while kills < 20:
+        resumed += state.partial_path(output).exists()
+        kills += run(generator.uniform(0, duration)) == -signal.SIGKILL
+        if output.exists():
+            assert output.read_bytes() == expected
+            output.unlink()
+    assert resumed, "no kill left a state behind, so nothing was resumed"
+    assert run(None) == 0
+    assert output.read_bytes() == expected
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_sweep_and_plain_write_the_same_tensors(family: str, tmp_path: Path) -> None:
+    """Within 1e-5, relative, plus what 5e-6 nats in every single loss come to in each tensor."""
+    folder = tiny_models.build(family, tmp_path / "m")
+    values = {"intensity": "marginal", "heldout_tokens": 0}
+    sweep, plain = (
+        calibrate(options(folder, tmp_path / algorithm, algorithm=algorithm, **values), QUIET)
+        for algorithm in ("sweep", "plain")
+    )
+    nats = 5e-6
+    spread = plain.cei_raw.max(dim=1).values - plain.cei_raw.min(dim=1).values
+    hard, easy = plain.sensitivity_hard.abs(), plain.sensitivity_easy.abs()
+    floors = {
+        "cei": 2 * nats / spread[:, None],
+        "rki": plain.rki.abs() * (nats / hard + nats / (easy - nats)),
+        **dict.fromkeys(("cei_raw", "cei_sem", "sensitivity_hard", "sensitivity_easy"), nats),
+    }
+    assert (floors["cei"] < 1e-3).all() and easy.min() > nats, "or the comparison shows nothing"
+    for name in [field.name for field in dataclasses.fields(plain) if field.name != "config"]:
+        one, other = getattr(sweep, name).double(), getattr(plain, name).double()
+        allowed = 1e-5 * other.abs() + floors.get(name, 0.0)
+        assert ((one - other).abs() <= allowed).all(), name
+    record, expected = sweep.config.calibration.model_dump(), plain.config.calibration.model_dump()
+    assert (record.pop("algorithm"), expected.pop("algorithm")) == ("sweep", "plain")
+    assert record["num_hard"] == expected["num_hard"] and record["tau_high"] == expected["tau_high"]
 
 
 @pytest.mark.parametrize("damage", ["options", "weights", "bytes", "no-resume"])
@@ -282,17 +378,50 @@ def test_partial_state_that_does_not_belong_is_ignored(checkpoint: Path, tmp_pat
     assert expected.get(damage, "loading") in " ".join(console.export_text().split())
 
 
-def test_a_failing_write_leaves_no_half_file(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_at_the_end(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     output = tmp_path / "scores.safetensors"
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CalibrationError, match=r"--output .* cannot be written \(No space left on device\)"):
         calibrate(options(checkpoint, output), QUIET)
     assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors.partial"]
+    monkeypatch.undo()
+    monkeypatch.setattr(Sweep, "step", lambda *args: pytest.fail("everything was measured already"))
+    calibrate(options(checkpoint, output), QUIET)
+
+
+def test_a_full_disk_on_the_way(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second state on no file may grow beyond a few bytes: the first state stays, whole."""
+    step = Sweep.step
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def filling(self: Sweep, index: int) -> None:
+        step(self, index)
+        if index == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+
+    monkeypatch.setattr(Sweep, "step", filling)
+    output = tmp_path / "scores.safetensors"
+    try:
+        with pytest.raises(CalibrationError, match=r"cannot be written \(.*File too large"):
+            calibrate(options(checkpoint, output), QUIET)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors.partial"]
+    monkeypatch.undo()
+    console = Console(record=True, file=io.StringIO())
+    calibrate(options(checkpoint, output), console)
+    assert "resuming from" in console.export_text()
+
+
+def test_more_host_memory_than_there_is(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2}[name])
+    with pytest.raises(CalibrationError, match=r"GB of host memory, .* lower --num-tokens"):
+        calibrate(options(checkpoint, tmp_path / "s"), QUIET)
 
 
 def test_losses_that_are_not_finite(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 
 from cor_vllm import __version__, cli
 from cor_vllm import scores as scores_file
-from cor_vllm.calibrate.config import CalibrationOptions
+from cor_vllm.calibrate.config import CalibrationOptions, parse_bytes
 from tests import tiny_models
 
 SMALL = ["--num-tokens", "60", "--seq-len", "24", "--heldout-tokens", "40"]
@@ -91,6 +92,8 @@ def test_every_option_is_offered_and_explained_with_its_default() -> None:
         stated = help_text.rsplit("default: ", 1)[1].rstrip(")")
         if isinstance(field.default, bool):
             assert stated.startswith("--resume" if field.default else "off"), name
+        elif name == "max_memory":
+            assert parse_bytes(stated) == field.default
         elif isinstance(field.default, int | float):
             assert float(stated) == field.default, name
         elif isinstance(field.default, str):
@@ -158,7 +161,42 @@ def test_warnings(result: Path, tmp_path: Path) -> None:
         == []
     )
     (line,) = warnings(change(result, tmp_path, **(quiet | {"cei_split_half": 0.17})))
-    assert "at 0.17 only" in line
+    assert "too few hard positions for CEI" in line and "correlate at 0.17" in line
+    assert warnings(change(result, tmp_path, **(quiet | {"cei_split_half": 0.67}))) == []
+    (line,) = warnings(change(result, tmp_path, **(quiet | {"cei_split_half": 0.66})))
+
+
+def test_how_many_positions_would_do(result: Path, tmp_path: Path) -> None:
+    """The example of the efficacy study: halves of 51 at 0.17 need about 1,000."""
+    from cor_vllm.calibrate.show import reliability
+
+    counts: dict[str, object] = {"num_hard": 102, "num_positions": 1024}
+    text = reliability(change(result, tmp_path, cei_split_half=0.17, **counts))
+    assert "reliability of 0.29; 0.8 takes about 1000: --num-tokens 10000" in text
+    text = reliability(change(result, tmp_path, cei_split_half=0.17, positions="p.json", **counts))
+    assert text.endswith("0.8 takes about 1000: name more in --positions")
+    assert "cannot be told" in reliability(change(result, tmp_path, cei_split_half=-0.1, **counts))
+    assert reliability(change(result, tmp_path, cei_split_half=None)) == ""
+
+
+def test_only_settings_beyond_noise_are_called_better(result: Path) -> None:
+    import dataclasses
+
+    from cor_vllm.calibrate.show import better_flags
+
+    scores = scores_file.load(result)
+    assert scores.config.heldout
+    trials = [
+        {"flags": "--shrink", "difference": -0.02, "sem": 0.011},
+        {"flags": "--cor-mode off", "difference": -0.02, "sem": 0.009},
+        {"flags": "--cor-mode layer", "difference": -0.03, "sem": 0.001},
+    ]
+    heldout = scores.config.heldout.model_copy(update={"alternatives": trials})
+    scores = dataclasses.replace(scores, config=scores.config.model_copy(update={"heldout": heldout}))
+    assert better_flags(scores) == [
+        "--cor-mode layer (-0.0300 ± 0.0010 nats)",
+        "--cor-mode off (-0.0200 ± 0.0090 nats)",
+    ]
 
 
 def test_dormant_experts(result: Path) -> None:
@@ -231,6 +269,84 @@ def test_late_failures_are_one_line(
     monkeypatch.setattr("cor_vllm.calibrate.pipeline.calibrate", fail)
     assert cli.main(["calibrate", "m", "--output", str(tmp_path / "s")]) == 1
     assert message in one_error(capsys)
+
+
+def test_calibrate_names_the_settings_that_did_better(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cor_vllm.calibrate.show.SIGNIFICANT", -100)  # random weights: let noise pass for it
+    output = tmp_path / "scores"
+    sizes = ["--num-tokens", "60", "--heldout-tokens", "200", "--seq-len", "32"]
+    assert cli.main(["calibrate", str(checkpoint), "--output", str(output), *sizes]) == 0
+    calibrated = capsys.readouterr().err
+    assert cli.main(["show", "--json", str(output)]) == 0
+    better = json.loads(capsys.readouterr().out)["better"]
+    lines = [line for line in calibrated.splitlines() if line.startswith("would have done better")]
+    assert better and lines == [f"would have done better on the held-out text: {one}" for one in better]
+
+
+def test_a_gpu_out_of_memory_on_the_way(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cor_vllm.calibrate.sweep import Sweep
+
+    step = Sweep.step
+
+    def out_of_memory(self: Sweep, index: int) -> None:
+        if index == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        step(self, index)
+
+    monkeypatch.setattr(Sweep, "step", out_of_memory)
+    output = tmp_path / "scores.safetensors"
+    assert cli.main(["calibrate", str(checkpoint), "--output", str(output), "--num-tokens", "60"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("cor-vllm: error: the device ran out of memory; try a smaller --max-memory")
+    assert "Traceback" not in "".join(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors.partial"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "config", "no weights", "half the weights", "index", "a file"])
+def test_unreadable_models(
+    damage: str, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, output = tmp_path / "model", tmp_path / "out" / "scores"
+    output.parent.mkdir()
+    shutil.copytree(checkpoint, folder)
+    if damage == "empty":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    elif damage == "config":
+        (folder / "config.json").write_text('{"model_type": ')
+    elif damage == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif damage == "half the weights":
+        whole = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    elif damage == "index":
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text("{}")
+    else:
+        folder = folder / "config.json"
+    assert cli.main(["calibrate", str(folder), "--output", str(output)]) == 1
+    error = capfd.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("cor-vllm: error: ") and str(folder) in error[-1], error
+    assert not any("Traceback" in line for line in error)
+    assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("tokens", ["1", "2"])
+def test_too_few_hard_tokens(
+    tokens: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "scores"
+    assert cli.main(["calibrate", str(checkpoint), "--output", str(output), "--num-tokens", tokens]) == int(
+        tokens == "1"
+    )
+    error = capsys.readouterr().err
+    if tokens == "1":
+        assert "no hard position among 1: their losses are too few or too equal; raise --num-tokens" in error
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_extra_is_named(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],

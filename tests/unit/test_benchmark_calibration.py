@@ -1,0 +1,49 @@
+"""The calibration benchmark runs and writes what it says; its times are nobody's business here."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import calibration
+from tests import tiny_models
+
+
+def test_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_models.build("olmoe", tmp_path / "tiny-olmoe")
+    monkeypatch.setattr(calibration, "RESULTS", tmp_path / "results")
+    arguments = ["--model", str(folder), "--tokens", "30", "60", "--seq-len", "16", "--repeats", "2"]
+    monkeypatch.setattr(sys, "argv", ["calibration.py", *arguments, "--device", "cpu"])
+    calibration.main()
+    assert "tiny-olmoe" in capsys.readouterr().out
+    (path,) = (tmp_path / "results").iterdir()
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["algorithm"], row["tokens"]) for row in rows] == [
+        ("sweep", "30"), ("plain", "30"), ("sweep", "60"), ("plain", "60"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["date"] and row["device"] and row["torch"] and row["repeats"] == "2"
+        assert 0 < float(row["min_s"]) <= float(row["median_s"]) <= float(row["max_s"])
+
+
+def test_layer_rows_are_counted_where_they_happen() -> None:
+    """Three layers, 2 sequences of 16: baseline forwards alone pass 3 · 32 rows."""
+    from cor_vllm.calibrate.moe_model import MoeModel
+
+    model = MoeModel(tiny_models.create("olmoe"))
+    with calibration.counted_rows(model) as rows:
+        calibration.baseline(model, [[1] * 16, [2] * 16])
+    assert sum(rows) == 3 * 32
+
+
+def test_the_law_is_recovered() -> None:
+    shape = calibration.Shape("m", 1, 2, 1, 10, 16)
+    timings = [
+        calibration.Timing(shape, "sweep", 1, rows, [0.5 + 2e-6 * rows, 99.0])
+        for rows in (10**5, 10**6, 10**7)
+    ]
+    assert calibration.law(timings) == "sweep: 0.50 s + 2.00 µs per layer-row, R² 1.000 over 3 shapes"
