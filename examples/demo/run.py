@@ -173,27 +173,17 @@ def interval(hits: int, n: int) -> str:
 
 
 def report_speed(stock: ask.Server, cor: ask.Server, prompts: list[str]) -> None:
-    """CoR against stock, and stock against itself, as ratios of neighbouring rounds."""
-    for warm_up in (stock, cor):
-        ask.tokens_per_second(warm_up, prompts)
+    """CoR against stock in rounds of stock, CoR, CoR, stock; stock's last against its first is the noise."""
     rounds = [
-        [ask.tokens_per_second(each, prompts) for each in (stock, cor, stock)] for _ in range(SPEED_ROUNDS)
+        [ask.tokens_per_second(each, prompts) for each in (stock, cor, cor, stock)]
+        for _ in range(SPEED_ROUNDS)
     ]
-    ratios = [cor_rate / statistics.mean((first, second)) for first, cor_rate, second in rounds]
-    noise = [second / first for first, _, second in rounds]
+    ratios = [(second + third) / (first + last) for first, second, third, last in rounds]
+    noise = [last / first for first, _, _, last in rounds]
     table = Table("server", "output tokens/s (median)", "against stock", "range")
-    table.add_row(
-        "stock",
-        f"{statistics.median(r[0] for r in rounds):.0f}",
-        f"{statistics.median(noise):.3f}",
-        spread(noise),
-    )
-    table.add_row(
-        "CoR",
-        f"{statistics.median(r[1] for r in rounds):.0f}",
-        f"{statistics.median(ratios):.3f}",
-        spread(ratios),
-    )
+    for name, members, values in (("stock", (0, 3), noise), ("CoR", (1, 2), ratios)):
+        rate = statistics.median(speeds[i] for speeds in rounds for i in members)
+        table.add_row(name, f"{rate:.0f}", f"{statistics.median(values):.3f}", spread(values))
     console.print(table)
     console.print("The first line is stock against itself: the noise that the second has to be read with.")
 
