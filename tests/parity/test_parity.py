@@ -137,3 +137,11 @@ def test_a_constant_in_a_layers_cei_changes_nothing_and_cei_changes_something(ch
     assert generate(folder, written(folder, raised), SHORT) == got
     flat = dataclasses.replace(values, cei=torch.full_like(values.cei, 0.7))
     assert generate(folder, written(folder, flat), SHORT) == stock[str(folder)]
+
+
+def test_a_compiled_model_routes_the_same(checkpoints):
+    """What `vllm serve` does by default; on the CPU the routing is part of the compiled graph."""
+    folder = checkpoints["olmoe"]
+    values = make(folder, k=varied(folder))
+    got = generate(folder, written(folder, values), SHORT, enforce_eager=False, compilation_config={})
+    assert_same(got, reference_completions(folder, routing(values), got))
