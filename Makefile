@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 INDEX := $(if $(COR_TORCH_INDEX),--extra-index-url $(COR_TORCH_INDEX))
 
-.PHONY: install demo test check lock clean
+.PHONY: install demo test check bench lock clean
 
 install: $(STAMP)
 
@@ -33,6 +33,10 @@ check: $(STAMP)
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+
+# CPU-sized: some minutes on two cores. Tables on stdout, CSV files under benchmarks/results.
+bench: $(STAMP)
+	@$(PYTHON) benchmarks/calibration.py
 
 lock:
 	@sh tools/lock.sh

@@ -1,22 +1,25 @@
 """Time of the sweep against the plain algorithm: same process, same model, same positions.
 
-    python benchmarks/calibration.py                         random models of growing size, about two minutes
+    python benchmarks/calibration.py                         random models of growing size, a few minutes
     python benchmarks/calibration.py --model FOLDER          a checkpoint, for growing numbers of positions
     python benchmarks/calibration.py --model FOLDER --tokens 10000 --no-plain
 
-Runs alternate between the two, so that a busy machine slows both; the table gives the median and the range.
-Layer-rows are token positions times decoder layers, counted where they happen. The fitted law, from the
-quickest runs, is time = fixed + rate · layer-rows.
+Runs alternate between the two, so that a busy machine slows both. The table gives wall time, median and
+range, and CPU time of the process, the quickest run: without a GPU the laws are fitted to that, since other
+jobs on the machine disturb it least. Layer-rows are token positions times decoder layers, counted where they
+happen. Two laws: time = fixed + rate · layer-rows; and, for random models, rows and time as powers of layers
+M, experts N, positions P and hard positions H.
 """
 
 import argparse
 import csv
-import platform
+import math
+import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +38,7 @@ from cor_vllm.calibrate.stratify import Strata, stratify
 from cor_vllm.calibrate.sweep import Sweep
 
 RESULTS = Path(__file__).with_name("results")
-LAYERS, EXPERTS, TOKENS = 4, 16, 500  # the shape from which one number at a time grows
+LAYERS, EXPERTS, TOKENS, PERCENTILE = 4, 16, 250, 90.0  # the shape from which one number at a time changes
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Shape:
     top_k: int
     tokens: int
     seq_len: int
+    hard_percentile: float = PERCENTILE
 
 
 @dataclass
@@ -58,10 +62,17 @@ class Timing:
     algorithm: str
     hard: int
     layer_rows: int
-    seconds: list[float]
+    seconds: list[float]  # wall
+    cpu_seconds: list[float]  # of the whole process, all threads
+    load: float = 0.0  # the machine's one-minute load average, highest of the runs
+    gpu: bool = False
 
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    def least(self) -> float:
+        """Seconds of the least disturbed run; on a GPU the process's CPU time says nothing about the work."""
+        return min(self.seconds if self.gpu else self.cpu_seconds)
 
 
 def random_model(layers: int, experts: int) -> MoeModel:
@@ -109,15 +120,18 @@ def measure(
     """Time each algorithm `repeats` times, in turn; baseline and strata are not counted."""
     sequences = random_sequences(model.config.vocab_size, shape.tokens, shape.seq_len)
     base = baseline(model, sequences)
-    strata = stratify(base.losses, 90, 10)
-    timings = [Timing(shape, name, int(strata.hard.sum()), 0, []) for name in algorithms]
+    strata = stratify(base.losses, shape.hard_percentile, 10)
+    gpu = model.device.type == "cuda"
+    timings = [Timing(shape, name, int(strata.hard.sum()), 0, [], [], gpu=gpu) for name in algorithms]
     for _ in range(repeats):
         for timing in timings:
             chosen = CalibrationOptions(
                 model="benchmark", output=Path("none"), **{"algorithm": timing.algorithm} | options
             )
-            seconds, timing.layer_rows = run_once(model, chosen, sequences, base, strata)
+            seconds, cpu, timing.layer_rows = run_once(model, chosen, sequences, base, strata)
             timing.seconds.append(seconds)
+            timing.cpu_seconds.append(cpu)
+            timing.load = max(timing.load, os.getloadavg()[0])
     return timings
 
 
@@ -127,10 +141,10 @@ def run_once(
     sequences: list[list[int]],
     base: Baseline,
     strata: Strata,
-) -> tuple[float, int]:
-    """Wall seconds and layer-rows of one measurement of all layers."""
+) -> tuple[float, float, int]:
+    """Wall seconds, CPU seconds and layer-rows of one measurement of all layers."""
     synchronize(model)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     kind: Any = Sweep if chosen.algorithm == "sweep" else PlainAlgorithm
     with counted_rows(model) as rows:
         algorithm = kind(model, chosen, sequences, base, strata)
@@ -138,7 +152,7 @@ def run_once(
             algorithm.step(step)
         algorithm.result()
     synchronize(model)
-    return time.perf_counter() - start, sum(rows)
+    return time.perf_counter() - start, time.process_time() - cpu, sum(rows)
 
 
 def synchronize(model: MoeModel) -> None:
@@ -148,26 +162,38 @@ def synchronize(model: MoeModel) -> None:
 
 
 def grid(seq_len: int) -> Iterator[tuple[MoeModel, Shape]]:
-    """Random models: one number at a time doubles."""
-    shapes = [(layers, EXPERTS, TOKENS) for layers in (2, 4, 8)]
-    shapes += [(LAYERS, experts, TOKENS) for experts in (8, 32)]
-    shapes += [(LAYERS, EXPERTS, tokens) for tokens in (250, 1000)]
-    for layers, experts, tokens in shapes:
-        yield random_model(layers, experts), Shape("random", layers, experts, 4, tokens, seq_len)
+    """Random models: one number at a time doubles; hard positions also with the number of positions fixed."""
+    start = Shape("random", LAYERS, EXPERTS, 4, TOKENS, seq_len)
+    shapes = [replace(start, layers=layers) for layers in (1, 2, 4, 8)]
+    shapes += [replace(start, experts=experts) for experts in (8, 32, 64)]
+    shapes += [replace(start, tokens=tokens) for tokens in (125, 500, 1000)]
+    shapes += [replace(start, hard_percentile=percentile) for percentile in (80.0, 60.0, 20.0)]
+    for shape in shapes:
+        yield random_model(shape.layers, shape.experts), shape
+
+
+def checkpoint(model: MoeModel, name: str, tokens: Sequence[int], seq_len: int) -> Iterator[Any]:
+    """One model, growing numbers of positions."""
+    for count in tokens:
+        yield model, Shape(name, model.num_layers, model.num_experts, model.top_k, count, seq_len)
 
 
 def print_table(timings: list[Timing], console: Console) -> None:
     """One line per shape, the algorithms side by side."""
-    table = Table("model", "layers", "experts", "positions", "hard", "sweep, s", "plain, s", "times",
-                  "layer-rows, sweep", "plain")  # fmt: skip
+    table = Table("model", "M", "N", "positions", "hard", "sweep, s", "plain, s", "times",
+                  "CPU s, sweep", "plain", "times", "rows, sweep", "plain", "times")  # fmt: skip
     for shape in dict.fromkeys(timing.shape for timing in timings):
         by_name = {timing.algorithm: timing for timing in timings if timing.shape == shape}
         sweep, plain = by_name["sweep"], by_name.get("plain")
+        beside = [f"{min(sweep.cpu_seconds):.2f}", "", "", f"{sweep.layer_rows:,}", "", ""]
+        if plain:
+            cpu = min(plain.cpu_seconds)
+            beside[1:3] = f"{cpu:.2f}", f"{cpu / min(sweep.cpu_seconds):.0f}"
+            beside[4:] = f"{plain.layer_rows:,}", f"{plain.layer_rows / sweep.layer_rows:.0f}"
         table.add_row(
             shape.model, str(shape.layers), str(shape.experts), str(shape.tokens), str(sweep.hard),
             spread(sweep), spread(plain) if plain else "",
-            f"{plain.median() / sweep.median():.0f}" if plain else "",
-            f"{sweep.layer_rows:,}", f"{plain.layer_rows:,}" if plain else "",
+            f"{plain.median() / sweep.median():.0f}" if plain else "", *beside,
         )  # fmt: skip
     console.print(table)
 
@@ -177,15 +203,73 @@ def spread(timing: Timing) -> str:
     return f"{timing.median():.2f} ({min(timing.seconds):.2f}–{max(timing.seconds):.2f})"
 
 
-def law(timings: list[Timing]) -> str:
-    """Least squares over the sweep's shapes: fixed seconds, microseconds per layer-row, R²."""
-    own = [timing for timing in timings if timing.algorithm == "sweep"]
+def law(timings: list[Timing], algorithm: str = "sweep") -> str:
+    """Least squares over one algorithm's shapes: fixed seconds, microseconds per layer-row, R²."""
+    own = [timing for timing in timings if timing.algorithm == algorithm]
     if len(own) < 3:
         return ""
-    rows, seconds = [float(t.layer_rows) for t in own], [min(t.seconds) for t in own]  # least disturbed
+    rows, seconds = [float(t.layer_rows) for t in own], [t.least() for t in own]
     rate, fixed = statistics.linear_regression(rows, seconds)
     fit = statistics.correlation(rows, seconds) ** 2
-    return f"sweep: {fixed:.2f} s + {rate * 1e6:.2f} µs per layer-row, R² {fit:.3f} over {len(own)} shapes"
+    return (
+        f"{algorithm}: {fixed:.2f} s + {rate * 1e6:.2f} µs per layer-row, R² {fit:.3f} over {len(own)} shapes"
+    )
+
+
+def power_law(timings: list[Timing], algorithm: str, quantity: str) -> str:
+    """Least squares of the logarithm of "rows" or "seconds": exponents of M, N, P, H with standard errors."""
+    own = [timing for timing in timings if timing.algorithm == algorithm]
+    names = {"M": lambda t: t.shape.layers, "N": lambda t: t.shape.experts,
+             "P": lambda t: t.shape.tokens, "H": lambda t: t.hard}  # fmt: skip
+    columns = [[math.log(value(t)) for t in own] for value in names.values()]
+    design = torch.tensor([[1.0] * len(own), *columns], dtype=torch.float64).T
+    if len(own) <= design.shape[1] or torch.linalg.matrix_rank(design) < design.shape[1]:
+        return ""
+    values = [t.least() if quantity == "seconds" else t.layer_rows for t in own]
+    target = torch.tensor(values, dtype=torch.float64).log()
+    found = torch.linalg.lstsq(design, target).solution
+    residual = (target - design @ found).square().sum()
+    errors = (torch.linalg.inv(design.T @ design).diagonal() * residual / (len(own) - len(found))).sqrt()
+    fit = 1 - (residual / (target - target.mean()).square().sum()).item()
+    powers = (f"{n}^({b:.2f} ± {e:.2f})" for n, b, e in zip(names, found[1:], errors[1:], strict=True))
+    return f"{algorithm} {quantity} ~ {' '.join(powers)}, R² {fit:.3f} over {len(own)} shapes"
+
+
+def linear_in_hard(timings: list[Timing], algorithm: str) -> str:
+    """Seconds against hard positions, over the random models of the first shape."""
+    of_model = (t for t in timings if t.shape.model == "random" and t.algorithm == algorithm)
+    same = [t for t in of_model if (t.shape.layers, t.shape.experts) == (LAYERS, EXPERTS)]
+    lines = []
+    for what, own in (
+        ("P fixed", [t for t in same if t.shape.tokens == TOKENS]),
+        ("P grows with H", [t for t in same if t.shape.hard_percentile == PERCENTILE]),
+    ):
+        if len(own) >= 3:
+            hard, seconds = [float(t.hard) for t in own], [t.least() for t in own]
+            rate, fixed = statistics.linear_regression(hard, seconds)
+            fit = statistics.correlation(hard, seconds) ** 2
+            lines.append(
+                f"{algorithm}, {what}: {fixed:.2f} s + {rate * 1e3:.2f} ms per hard position, R² {fit:.3f}"
+            )
+    return "\n".join(lines)
+
+
+def laws(timings: list[Timing]) -> Iterator[str]:
+    """Every law that these shapes determine."""
+    for algorithm in ("sweep", "plain"):
+        yield law(timings, algorithm)
+        for quantity in ("rows", "seconds"):
+            yield power_law(timings, algorithm, quantity)
+        yield linear_in_hard(timings, algorithm)
+
+
+def device_name(model: MoeModel) -> str:
+    """The GPU, or the processor as Linux names it."""
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name(model.device)
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "cpu")
 
 
 def write_csv(timings: list[Timing], device: str) -> Path:
@@ -194,6 +278,7 @@ def write_csv(timings: list[Timing], device: str) -> Path:
     where = {
         "date": now.isoformat(timespec="seconds"),
         "device": device,
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         **{name: version(name) for name in ("cor-vllm", "torch", "transformers")},
     }
@@ -201,7 +286,9 @@ def write_csv(timings: list[Timing], device: str) -> Path:
         asdict(timing.shape)
         | {"algorithm": timing.algorithm, "hard": timing.hard, "layer_rows": timing.layer_rows,
            "repeats": len(timing.seconds), "median_s": round(timing.median(), 4),
-           "min_s": round(min(timing.seconds), 4), "max_s": round(max(timing.seconds), 4)} | where
+           "min_s": round(min(timing.seconds), 4), "max_s": round(max(timing.seconds), 4),
+           "cpu_median_s": round(statistics.median(timing.cpu_seconds), 4),
+           "cpu_min_s": round(min(timing.cpu_seconds), 4), "load_average": round(timing.load, 2)} | where
         for timing in timings
     ]  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
@@ -223,37 +310,24 @@ def main() -> None:
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-memory", default="2GB")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     algorithms = ["sweep", "plain"] if args.plain else ["sweep"]
     cases: Iterator[tuple[MoeModel, Shape]] = grid(args.seq_len)
     if args.model:
         model = load_model(args.model, args.dtype, args.device)
-        cases = (
-            (
-                model,
-                Shape(
-                    args.model.resolve().name,
-                    model.num_layers,
-                    model.num_experts,
-                    model.top_k,
-                    tokens,
-                    args.seq_len,
-                ),
-            )
-            for tokens in args.tokens
-        )
+        cases = checkpoint(model, args.model.resolve().name, args.tokens, args.seq_len)
     timings: list[Timing] = []
     device = ""
     for model, shape in cases:
         timings += measure(model, shape, algorithms, args.repeats, {"max_memory": args.max_memory})
-        on_gpu = model.device.type == "cuda"
-        device = torch.cuda.get_device_name(model.device) if on_gpu else platform.processor() or "cpu"
-    console = Console(width=150)
+        device = device_name(model)
+    console = Console(width=180)
     print_table(timings, console)
-    console.print(law(timings), highlight=False)
-    console.print(f"{device}, {torch.get_num_threads()} threads; wrote {write_csv(timings, device)}")
+    for line in filter(None, laws(timings)):
+        console.print(line, highlight=False)
+    console.print(f"{device}, {torch.get_num_threads()} threads; wrote {write_csv(timings, device).name}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The calibration benchmark runs and writes what it says; its times are nobody's business here."""
 
 import csv
+import itertools
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def test_a_checkpoint(
     ]  # fmt: skip
     for row in rows:
         assert row["date"] and row["device"] and row["torch"] and row["repeats"] == "2"
+        assert 0 < float(row["cpu_min_s"]) <= float(row["cpu_median_s"]) and float(row["load_average"]) >= 0
         assert 0 < float(row["min_s"]) <= float(row["median_s"]) <= float(row["max_s"])
 
 
@@ -43,7 +45,25 @@ def test_layer_rows_are_counted_where_they_happen() -> None:
 def test_the_law_is_recovered() -> None:
     shape = calibration.Shape("m", 1, 2, 1, 10, 16)
     timings = [
-        calibration.Timing(shape, "sweep", 1, rows, [0.5 + 2e-6 * rows, 99.0])
+        calibration.Timing(shape, "sweep", 1, rows, [0.1, 99.0], [0.5 + 2e-6 * rows, 99.0])
         for rows in (10**5, 10**6, 10**7)
     ]
     assert calibration.law(timings) == "sweep: 0.50 s + 2.00 µs per layer-row, R² 1.000 over 3 shapes"
+
+
+def test_the_powers_are_recovered() -> None:
+    """Rows 3·M²·H, seconds M·√P, and N without effect; H and P vary apart."""
+    cells = itertools.product((2, 4), (8, 16), (100, 400), (10, 30))
+    timings = [
+        calibration.Timing(
+            calibration.Shape("random", layers, experts, 1, tokens, 16),
+            "sweep", hard, 3 * layers**2 * hard, [99.0], [layers * tokens**0.5],
+        )
+        for layers, experts, tokens, hard in cells
+    ]  # fmt: skip
+    expected = {"rows": "M^(2.00 ± 0.00) N^(0.00 ± 0.00) P^(0.00 ± 0.00) H^(1.00 ± 0.00)",
+                "seconds": "M^(1.00 ± 0.00) N^(0.00 ± 0.00) P^(0.50 ± 0.00) H^(0.00 ± 0.00)"}  # fmt: skip
+    for quantity, powers in expected.items():
+        found = calibration.power_law(timings, "sweep", quantity).replace("-0.00", "0.00")
+        assert found == f"sweep {quantity} ~ {powers}, R² 1.000 over 16 shapes"
+    assert calibration.power_law(timings[:2], "sweep", "rows") == "", "two shapes determine no law"
