@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from cor_vllm.calibrate.forward import batch_losses
 from cor_vllm.calibrate.moe_model import MoeModel, Rule
-from cor_vllm.calibrate.plain import Row, batches, pad
+from cor_vllm.calibrate.plain import cut, pad, sequence_batches
 from cor_vllm.calibrate.statistics import mean_and_sem
 from cor_vllm.kernels.reference import probabilities, select
 from cor_vllm.metadata import HeldoutInfo, LossStat, Mode, ModeLoss
@@ -52,15 +53,11 @@ def _random(
 
 
 def position_losses(
-    model: MoeModel, sequences: Sequence[Sequence[int]], routing: Mapping[int, Rule] | None = None
-) -> torch.Tensor:
-    """[P] float32 losses of all positions, nats, under `routing` or under the model's own."""
-    losses: list[torch.Tensor] = []
-    for batch in batches([Row(s) for s in range(len(sequences))], sequences):
-        with model.routing(routing or {}):
-            values = model.losses(pad([ids for _, ids in batch]))
-        losses += [row[: len(ids) - 1] for row, (_, ids) in zip(values, batch, strict=True)]
-    return torch.cat(losses)
+    model: MoeModel, sequences: Sequence[Sequence[int]], routings: Sequence[Mapping[int, Rule]]
+) -> list[torch.Tensor]:
+    """For each routing ({}: the model's own), [P] float32 losses of all positions, nats."""
+    padded = [pad(group) for group in sequence_batches(sequences)]
+    return [cut(losses, sequences) for losses in batch_losses(model, padded, routings)]
 
 
 def check(
@@ -81,15 +78,17 @@ def check(
         lam: λ of `expert` and `full`; recorded.
         hard_percentile: 0 to 100.
     """
-    stock = position_losses(model, sequences)
+    modes: list[Mode] = ["layer", "expert", "full", "random"]
+    routings = [rules(model, tables, mode, lam, seed) for mode in modes]
+    stock, *others = position_losses(model, sequences, [{}, *routings])
     hard = stock > torch.quantile(stock.double(), hard_percentile / 100)
     if not hard.any():  # a single position, or all alike
         hard = torch.ones_like(hard)
-    modes = {"stock": _mode_loss(stock, stock, hard)}
-    for mode in ("layer", "expert", "full", "random"):
-        losses = position_losses(model, sequences, rules(model, tables, mode, lam, seed))
-        modes[mode] = _mode_loss(losses, stock, hard)
-    return HeldoutInfo(positions=len(stock), hard_positions=int(hard.sum()), modes=modes, **{"lambda": lam})
+    stats = {
+        name: _mode_loss(losses, stock, hard)
+        for name, losses in zip(["stock", *modes], [stock, *others], strict=True)
+    }
+    return HeldoutInfo(positions=len(stock), hard_positions=int(hard.sum()), modes=stats, **{"lambda": lam})
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,14 +109,13 @@ def compare(
     seed: int,
 ) -> list[dict[str, Any]]:
     """Loss of each alternative minus that of the chosen setting: paired mean and standard error, nats."""
-
-    def losses(setting: Alternative) -> torch.Tensor:
-        routing = rules(model, setting.tables, setting.mode, setting.lam, seed)
-        return position_losses(model, sequences, routing).double()
-
-    own, trials = losses(chosen), []
-    for other in others:
-        difference, sem = mean_and_sem(losses(other) - own)
+    routings = [
+        rules(model, setting.tables, setting.mode, setting.lam, seed) for setting in (chosen, *others)
+    ]
+    own, *losses = (values.double() for values in position_losses(model, sequences, routings))
+    trials = []
+    for other, values in zip(others, losses, strict=True):
+        difference, sem = mean_and_sem(values - own)
         trials.append({"flags": other.flags, "difference": difference, "sem": sem})
     return trials
 
@@ -152,10 +150,11 @@ def tune(
     Returns:
         The winner and all candidates.
     """
-    stock = position_losses(model, sequences)
+    settings = list(_settings())
+    routings = [rules(model, tables, mode, lam, seed) for mode, lam in settings]
+    stock, *others = position_losses(model, sequences, [{}, *routings])
     candidates = [Candidate("off", 0.0, 0.0, 0.0)]
-    for mode, lam in _settings():
-        losses = position_losses(model, sequences, rules(model, tables, mode, lam, seed))
+    for (mode, lam), losses in zip(settings, others, strict=True):
         candidates.append(Candidate(mode, lam, *mean_and_sem(losses.double() - stock.double())))
     return min(candidates, key=lambda candidate: candidate.difference), candidates
 

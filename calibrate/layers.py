@@ -50,13 +50,23 @@ class _Recorder(nn.Module):
 
 @contextmanager
 def _recorders(decoder: Any) -> Iterator[list[_Recorder]]:
-    layers = decoder.layers
+    layers, norm = decoder.layers, decoder.norm
     recorders = [_Recorder() for _ in layers]
-    decoder.layers = nn.ModuleList(recorders)
+    decoder.layers, decoder.norm = nn.ModuleList(recorders), nn.Identity()
     try:
         yield recorders
     finally:
-        decoder.layers = layers
+        decoder.layers, decoder.norm = layers, norm
+
+
+def check_rotary(config: Any) -> None:
+    """Refuse a rotary embedding that depends on more than the position."""
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise CalibrationError(
+            f"{config.model_type}: rotary embedding {rope!r} depends on the length of the sequence; "
+            "use --algorithm plain"
+        )
 
 
 def enter(decoder: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, Arguments]:
@@ -68,16 +78,7 @@ def enter(decoder: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, Argument
 
     Returns:
         What goes into the first layer, [B, S, D], and what every layer gets beside it.
-
-    Raises:
-        CalibrationError: its rotary embedding depends on more than the position.
     """
-    rope = (getattr(decoder.config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        raise CalibrationError(
-            f"{decoder.config.model_type}: rotary embedding {rope!r} depends on the length of the sequence; "
-            "use --algorithm plain"
-        )
     with _recorders(decoder) as recorders:
         decoder(input_ids=input_ids, use_cache=False)
     # No sequence is padded on the left, so all rows of a batch have the same mask: one is enough.

@@ -7,6 +7,9 @@ import torch
 
 from cor_vllm.calibrate.config import CalibrationError
 from cor_vllm.calibrate.moe_model import MoeModel, check_family
+from cor_vllm.calibrate.offload import Room, free_bytes, placement, weight_bytes
+
+NO_ROOM = Room()
 
 
 def model_folder(name: str) -> tuple[Path, str | None]:
@@ -46,24 +49,27 @@ def read_config(folder: Path) -> Any:
     return config
 
 
-def load_model(folder: Path, dtype: str, device: str | None) -> MoeModel:
+def load_model(folder: Path, dtype: str, device: str | None, room: Room = NO_ROOM) -> MoeModel:
     """Load a checkpoint for calibration.
 
     Args:
         folder: a transformers checkpoint of a supported family.
         dtype: a torch dtype's name, or "auto": float32 on the CPU, the checkpoint's own elsewhere.
-        device: where to; None: CUDA where there is one, else the CPU.
+        device: where to. "auto": CUDA where there is one, else the CPU, and what it has no memory for waits
+            in host memory or, beyond that, in a folder on disk. None: CUDA or CPU where all weights fit, else
+            as with "auto".
+        room: what has to stay free beside the weights, and the folder.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, Mxfp4Config
     from transformers.utils import logging
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    target = _usable_device(device)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    target = _usable_device(best if device in (None, "auto") else device or best)
     if dtype == "auto" and target.type == "cpu":
         dtype = "float32"
     config = read_config(folder)
-    extra: dict[str, Any] = {}
+    extra = _placement(config, dtype, device, target, room)
     if getattr(config, "quantization_config", {}).get("quant_method") == "mxfp4":
         # The MXFP4 kernels route inside the kernel and would never call the router module.
         extra["quantization_config"] = Mxfp4Config(dequantize=True)
@@ -87,7 +93,28 @@ def load_model(folder: Path, dtype: str, device: str | None) -> MoeModel:
         raise CalibrationError(
             f"{folder}: {len(missing)} weights are missing, {missing[0]} first; download it again"
         )
-    return MoeModel(model.to(target))
+    if "device_map" not in extra:
+        return MoeModel(model.to(target))
+    loaded = MoeModel(model)
+    if loaded.device.type != target.type:
+        raise CalibrationError(
+            f"--device {device or 'auto'}: beside --max-memory, {target} has no room for a single layer; "
+            "lower --max-memory, or give --device cpu"
+        )
+    return loaded
+
+
+def _placement(
+    config: Any, dtype: str, device: str | None, target: torch.device, room: Room
+) -> dict[str, Any]:
+    """What `from_pretrained` is told about devices; nothing where all weights go to one."""
+    if device not in (None, "auto"):
+        return {}
+    size = weight_bytes(config, (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype))
+    needed = size + room.device + (room.host if target.type == "cpu" else 0)
+    if device is None and needed <= free_bytes(target):
+        return {}
+    return placement(size, target, room)
 
 
 def _usable_device(device: str) -> torch.device:

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from cor_vllm.calibrate.config import CalibrationError
+from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
 from cor_vllm.calibrate.moe_model import MoeModel
 
 
@@ -19,6 +19,16 @@ def check_host_memory(needed: int) -> None:
             f"the variants' hidden states take {needed / 1e9:.1f} GB of host memory, this machine has "
             f"{present / 1e9:.1f}; lower --num-tokens, or give --perturb-scope token"
         )
+
+
+def waiting_bytes(options: CalibrationOptions, config: Any, itemsize: int) -> int:
+    """About what the sweep's hidden states will take on the host: sequences, their copies, the variants."""
+    hard = options.num_tokens * (100 - options.hard_percentile) / 100
+    easy = options.num_tokens * options.easy_percentile / 100
+    per_token = options.perturb_scope == "token"
+    variants = hard * (config.num_experts_per_tok + 2) + (hard + easy if per_token else options.num_tokens)
+    layers: int = config.num_hidden_layers
+    return int((options.num_tokens + layers * variants) * config.hidden_size * itemsize)
 
 
 def layer_rows(model: MoeModel, longest: int, max_memory: int) -> int:

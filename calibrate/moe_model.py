@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from cor_vllm.calibrate.config import CalibrationError
+from cor_vllm.calibrate.offload import execution_device, is_offloaded
 from cor_vllm.kernels.reference import cor_topk
 
 Rule = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -115,8 +116,12 @@ class MoeModel:
     @property
     def device(self) -> torch.device:
         """Where input ids have to be."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return device
+        return execution_device(self.model.get_input_embeddings())
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether weights wait in host memory or on disk until they are called."""
+        return is_offloaded(self.model)
 
     def route(
         self, router_logits: torch.Tensor, bias: torch.Tensor | None = None, top_k: int | None = None
@@ -141,6 +146,10 @@ class MoeModel:
         """
         input_ids = input_ids.to(self.device)
         hidden = self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.sequence_losses(hidden, input_ids)
+
+    def sequence_losses(self, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """[B, S−1] float32 losses on the CPU, nats, of [B, S, D] hidden states after the final norm."""
         flat, targets = hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
         chunks = [
             self.head_losses(rows, target)

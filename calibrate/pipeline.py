@@ -17,7 +17,9 @@ from cor_vllm.calibrate.allocation import bounds
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
 from cor_vllm.calibrate.inputs import Inputs, read_inputs
 from cor_vllm.calibrate.loading import load_model, model_folder, read_config
+from cor_vllm.calibrate.memory import waiting_bytes
 from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.calibrate.offload import Room, offload_folder, waiting_places
 from cor_vllm.calibrate.plain import PlainAlgorithm, baseline
 from cor_vllm.calibrate.result import assemble
 from cor_vllm.calibrate.state import PartialState
@@ -65,9 +67,12 @@ def calibrate(options: CalibrationOptions, console: Console) -> Scores:
     )
     inputs = read_inputs(options, folder, config.vocab_size)
     console.print(f"loading {info.name} ({info.architecture})", highlight=False)
-    return _measure_and_write(
-        options, info, inputs, load_model(folder, options.dtype, options.device), console
-    )
+    with offload_folder(options.output) as waiting:
+        room = Room(options.max_memory, waiting_bytes(options, config, itemsize=4), waiting)
+        model = load_model(folder, options.dtype, options.device, room)
+        if model.offloaded:
+            console.print(f"weights beyond the memory of {model.device} wait {waiting_places(model.model)}")
+        return _measure_and_write(options, info, inputs, model, console)
 
 
 def _measure_and_write(

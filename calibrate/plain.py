@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from cor_vllm.calibrate.config import CalibrationOptions
+from cor_vllm.calibrate.forward import batch_losses
 from cor_vllm.calibrate.measure import Baseline, LayerMeasurement
 from cor_vllm.calibrate.moe_model import MoeModel, Rule
 from cor_vllm.calibrate.stratify import Strata, locate
@@ -58,22 +59,33 @@ def baseline(model: MoeModel, sequences: Sequence[Sequence[int]]) -> Baseline:
     Raises:
         RuntimeError: a router was not called once per forward, so interventions on it would do nothing.
     """
-    losses: list[torch.Tensor] = []
-    logits: list[list[torch.Tensor]] = [[] for _ in range(model.num_layers)]
+    padded = [pad(group) for group in sequence_batches(sequences)]
+    with model.record_router_logits() as records:
+        [losses] = batch_losses(model, padded)
+    logits = []
+    for layer, record in enumerate(records):
+        if len(record) != len(padded):
+            raise RuntimeError(
+                f"the router of MoE layer {layer} ran {len(record)} times in {len(padded)} forwards, not "
+                "once each: the model bypasses its router module, and calibrating it would measure nothing"
+            )
+        per_row = [
+            values.view(*input_ids.shape, -1) for values, input_ids in zip(record, padded, strict=True)
+        ]
+        logits.append(cut(per_row, sequences))
+    return Baseline(cut(losses, sequences), logits)
+
+
+def sequence_batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[list[int]]]:
+    """Whole sequences, in order, as `batches` groups them."""
     for batch in batches([Row(s) for s in range(len(sequences))], sequences):
-        input_ids = pad([ids for _, ids in batch])
-        with model.record_router_logits() as records:
-            batch_losses = model.losses(input_ids)
-        losses += [row[: len(ids) - 1] for row, (_, ids) in zip(batch_losses, batch, strict=True)]
-        for layer, record in enumerate(records):
-            if len(record) != 1:
-                raise RuntimeError(
-                    f"the router of MoE layer {layer} ran {len(record)} times in one forward, not once: the "
-                    "loaded model bypasses its router module, and calibrating it would measure nothing"
-                )
-            per_row = record[0].view(*input_ids.shape, -1)
-            logits[layer] += [row[: len(ids) - 1] for row, (_, ids) in zip(per_row, batch, strict=True)]
-    return Baseline(torch.cat(losses), [torch.cat(layer) for layer in logits])
+        yield [ids for _, ids in batch]
+
+
+def cut(values: Sequence[torch.Tensor], sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+    """[P, …] values of all positions, without padding, from those of padded batches: [B, ≥ S−1, …] each."""
+    rows = [row for batch in values for row in batch]
+    return torch.cat([row[: len(ids) - 1] for row, ids in zip(rows, sequences, strict=True)])
 
 
 class PlainAlgorithm:

@@ -21,10 +21,11 @@ import torch
 from cor_vllm.calibrate.attention import Places, SharedAttention
 from cor_vllm.calibrate.chunk import Chunk
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
-from cor_vllm.calibrate.layers import chunks, run
+from cor_vllm.calibrate.layers import check_rotary, chunks, run
 from cor_vllm.calibrate.measure import Baseline, LayerMeasurement
 from cor_vllm.calibrate.memory import check_host_memory, head_rows, layer_rows
 from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.calibrate.offload import held
 from cor_vllm.calibrate.plain import Advance, without
 from cor_vllm.calibrate.stratify import Strata, locate
 
@@ -52,12 +53,14 @@ class Sweep:
         self._active = [model.route(logits[strata.hard])[1].long() for logits in base.router_logits]
         self._moe_number = {index: m for m, index in enumerate(model.layer_index)}
         hard, easy = locate(strata.hard, sequences), locate(strata.easy, sequences)
+        check_rotary(model.config)
         longest = max(map(len, sequences))
         self._block = layer_rows(model, longest, options.max_memory)
-        self._chunks = [
-            Chunk(model, options, members, sequences, hard, easy)
-            for members in chunks(sequences, self._block)
-        ]
+        with held(model.model.get_input_embeddings()):
+            self._chunks = [
+                Chunk(model, options, members, sequences, hard, easy)
+                for members in chunks(sequences, self._block)
+            ]
         check_host_memory(sum(chunk.host_bytes() for chunk in self._chunks))
         self._attention = SharedAttention(model.config)
         self._layers = model.decoder_layers
@@ -117,12 +120,14 @@ class Sweep:
     @torch.inference_mode()
     def step(self, index: int) -> None:
         """Carry everything through decoder layer `index`, or read the losses after the last."""
-        for chunk in self._chunks:
-            if index == len(self._layers):
-                self._read_losses(chunk)
-            else:
-                with self._attention.installed():
-                    self._carry(chunk, index)
+        if index == len(self._layers):
+            with held(self._model.model.model.norm, self._model.model.lm_head):
+                for chunk in self._chunks:
+                    self._read_losses(chunk)
+            return
+        with held(self._layers[index]), self._attention.installed():
+            for chunk in self._chunks:
+                self._carry(chunk, index)
         self._attention.forget()
 
     def _carry(self, chunk: Chunk, index: int) -> None:

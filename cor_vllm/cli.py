@@ -189,7 +189,12 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the weights; auto: float32 on the CPU, the checkpoint's own elsewhere (default: auto)",
     )
-    add("--device", metavar="DEVICE", help="a torch device (default: cuda where there is one, else cpu)")
+    add(
+        "--device",
+        metavar="DEVICE",
+        help="a torch device, or auto: weights beyond its memory wait in host memory and, beyond that, in "
+        "FILE.offload (default: cuda where there is one, else cpu; auto where the weights do not fit)",
+    )
     add(
         "--max-memory",
         metavar="SIZE",
@@ -228,7 +233,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     except torch.OutOfMemoryError:
         return _fail(
             "the device ran out of memory; try a smaller --max-memory, --dtype bfloat16, a shorter "
-            "--seq-len, or --device cpu"
+            "--seq-len, --device auto or --device cpu"
         )
     for line in warnings(scores):
         print(f"warning: {line}", file=sys.stderr)

@@ -1,0 +1,153 @@
+"""Weights that wait in host memory or on disk, by accelerate's device map, and are used once a pass.
+
+accelerate's hooks bring a module's weights to the execution device before each of its calls and drop them
+afterwards. `held` brings them once for all calls inside it. With it, a calibration by the sweep brings each
+weight at most five times, layer by layer: for the baseline, the sweep, the held-out check, its comparison
+with other settings, and --tune. The plain algorithm brings all weights for each of its forwards.
+"""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cor_vllm.calibrate.config import CalibrationError
+
+
+@contextmanager
+def held(*modules: nn.Module) -> Iterator[None]:
+    """Inside, all weights of `modules` are on the execution device; the offloaded ones leave afterwards."""
+    hooks: list[tuple[nn.Module, Any]] = [
+        (part, part._hf_hook)
+        for module in modules
+        for part in module.modules()
+        if getattr(getattr(part, "_hf_hook", None), "offload", False)
+    ]
+    placed = []
+    try:
+        for part, hook in hooks:
+            placed.append((part, hook))
+            hook.pre_forward(part)
+            hook.offload = False  # accelerate's own "these weights stay": no call inside moves them
+        yield
+    finally:
+        for part, hook in placed:
+            hook.offload = True
+            hook.post_forward(part, None)
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether any weight of a model waits elsewhere."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def waiting_places(model: Any) -> str:
+    """Where the weights of an offloaded model wait, in words."""
+    names = {"cpu": "in host memory", "disk": "on disk"}
+    used = {str(place) for place in model.hf_device_map.values()}
+    return " and ".join(words for place, words in names.items() if place in used)
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module with a `weight` computes: where accelerate brings it to, or where it is."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None and hook.execution_device is not None:
+        return torch.device(hook.execution_device)
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor), "an embedding has a weight"
+    return weight.device
+
+
+def weight_bytes(config: Any, dtype: torch.dtype) -> int:
+    """What a model's weights take once loaded; counts them on a model without memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free now on a CUDA device, or on the host within this process's control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    meminfo = Path("/proc/meminfo")  # counts what the kernel would give back, where there is such a file
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(counts["active_file"]) + int(counts["inactive_file"])  # given back on demand
+        free = min(free, int(text) - int((group / "memory.current").read_text()) + cached)
+    return max(free, 0)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a calibration needs beside the weights, and where weights may wait on disk."""
+
+    device: int = 0  # bytes on the device that computes
+    host: int = 0  # bytes in host memory
+    folder: Path | None = None  # None: no weight may go to disk
+
+
+def placement(size: int, device: torch.device, room: Room) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that let weights go to the device, then to the host, then to disk.
+
+    Args:
+        size: bytes of all weights.
+        device: that computes.
+        room: what to leave free, and the folder on disk.
+
+    Raises:
+        CalibrationError: accelerate is not installed, or the disk has not the room either.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        raise CalibrationError(
+            f"the weights take {size / 1e9:.1f} GB and would have to wait in host memory or on disk, which "
+            "needs accelerate: install it, or give --device cpu or cuda"
+        )
+    limits: dict[int | str, int] = {"cpu": max(0, free_bytes(torch.device("cpu")) - room.host)}
+    if device.type == "cuda":
+        limits = {device.index or 0: max(0, free_bytes(device) - room.device), **limits}
+    else:
+        limits["cpu"] = max(0, limits["cpu"] - room.device)
+    beyond = size - sum(limits.values())
+    if beyond > 0:
+        space = shutil.disk_usage(room.folder.parent).free if room.folder else 0
+        if beyond > space:
+            raise CalibrationError(
+                f"{beyond / 1e9:.1f} of {size / 1e9:.1f} GB of weights fit into no memory, and {room.folder} "
+                f"has {space / 1e9:.1f} GB for them; make room, or put --output where there is some"
+            )
+    return {"device_map": "auto", "max_memory": limits, "offload_folder": room.folder}
+
+
+@contextmanager
+def offload_folder(output: Path) -> Iterator[Path]:
+    """`<output>.offload`, for weights that wait on disk: created when needed, removed at the end.
+
+    What a killed run left there is removed first.
+
+    Raises:
+        CalibrationError: something else has that name.
+    """
+    folder = output.with_name(output.name + ".offload")
+    foreign = [path.name for path in folder.iterdir() if path.suffix != ".dat"] if folder.is_dir() else []
+    if foreign or (folder.exists() and not folder.is_dir()):
+        raise CalibrationError(f"{folder}: is in the way of weights that wait on disk; move it elsewhere")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

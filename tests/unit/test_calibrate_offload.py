@@ -1,0 +1,181 @@
+"""Weights that wait in host memory or on disk: the same bits, each weight brought once a pass."""
+
+import io
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+from rich.console import Console
+
+from cor_vllm.calibrate import offload
+from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
+from cor_vllm.calibrate.loading import load_model
+from cor_vllm.calibrate.measure import LayerMeasurement
+from cor_vllm.calibrate.memory import bytes_per_row
+from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.calibrate.offload import Room, held, offload_folder, weight_bytes
+from cor_vllm.calibrate.pipeline import calibrate
+from cor_vllm.calibrate.plain import baseline
+from cor_vllm.calibrate.stratify import stratify
+from cor_vllm.calibrate.sweep import Sweep
+from tests import tiny_models
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v2", "gpt_oss"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.build(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "free_bytes", lambda device: 0)
+
+
+def offloaded(kind: str, checkpoint: Path, folder: Path) -> MoeModel:
+    if kind == "disk":
+        return load_model(checkpoint, "auto", "auto", Room(folder=folder))
+    model = load_model(checkpoint, "auto", "cpu")
+    cpu_offload(model.model, execution_device=torch.device("cpu"))
+    return model
+
+
+@pytest.fixture
+def brought(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each weight was read from where it waits, by name."""
+    counts: Counter[str] = Counter()
+    for owner in (OffloadedWeightsLoader, PrefixedDataset):
+        read = owner.__getitem__
+
+        def counted(self: Any, key: str, read: Any = read, owner: Any = owner) -> Any:
+            if owner is OffloadedWeightsLoader or isinstance(self.dataset, dict):  # the innermost map
+                counts[getattr(self, "prefix", "") + key] += 1
+            return read(self, key)
+
+        monkeypatch.setattr(owner, "__getitem__", counted)
+    return counts
+
+
+def sequences() -> list[list[int]]:
+    """More tokens than one baseline batch holds, of unequal length."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = (13, 400, 7, 21)
+    return [torch.randint(0, 512, (length,), generator=generator).tolist() for length in lengths]
+
+
+def run(model: MoeModel) -> tuple[torch.Tensor, list[LayerMeasurement]]:
+    """Baseline and sweep in several batches, chunks and blocks."""
+    block = 400 * bytes_per_row(model.config, 400, 4)
+    options = CalibrationOptions(
+        model="m", output=Path("o"), intensity="marginal", perturb_scope="token", max_memory=block
+    )
+    base = baseline(model, sequences())
+    sweep = Sweep(model, options, sequences(), base, stratify(base.losses, 96, 5))
+    for step in range(len(sweep.work())):
+        sweep.step(step)
+    return base.losses, sweep.result()
+
+
+@pytest.mark.parametrize("kind", ["disk", "host"])
+def test_the_same_bits_and_each_weight_once_a_pass(
+    kind: str, checkpoint: Path, tmp_path: Path, no_memory: None, brought: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("cor_vllm.calibrate.plain.TOKENS_PER_FORWARD", 400)  # several baseline batches
+    losses, measured = run(load_model(checkpoint, "auto", "cpu"))
+    model = offloaded(kind, checkpoint, tmp_path / "waiting")
+    assert model.offloaded and all(p.is_meta for p in model.model.parameters())
+    names = {name for name, _ in model.model.named_parameters()}
+    brought.clear()
+    offloaded_losses, offloaded_measured = run(model)
+    assert dict(brought) == dict.fromkeys(names, 2)  # baseline, sweep
+    assert all(p.is_meta for p in model.model.parameters()), "weights left behind"
+    assert torch.equal(losses, offloaded_losses)
+    for one, other in zip(measured, offloaded_measured, strict=True):
+        for name, values in one.tensors().items():
+            assert torch.equal(values, other.tensors()[name]), name
+
+
+def test_a_whole_calibration_from_disk(
+    checkpoint: Path, tmp_path: Path, no_memory: None, brought: Counter[str]
+) -> None:
+    """The file has the same tensors, at most four passes are made, and the folder is gone."""
+    scores = {}
+    for device in ("cpu", "auto"):
+        options = CalibrationOptions(
+            model=str(checkpoint), output=tmp_path / device, device=device, num_tokens=60, seq_len=20,
+            heldout_tokens=40, hard_percentile=80,
+        )  # fmt: skip
+        scores[device] = calibrate(options, Console(file=io.StringIO()))
+    assert set(brought.values()) == {4}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["auto", "cpu"]
+    one, other = scores.values()
+    for field in ("k", "cei", "cei_raw", "cei_sem", "rki", "router_prob", "swap_rate"):
+        assert torch.equal(getattr(one, field), getattr(other, field)), field
+    assert one.config.heldout == other.config.heldout
+
+
+def test_without_a_device_weights_that_do_not_fit_wait_on_disk(
+    checkpoint: Path, tmp_path: Path, no_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cor_vllm.calibrate.loading.free_bytes", lambda device: 10**5)
+    assert load_model(checkpoint, "auto", None, Room(folder=tmp_path / "w")).offloaded
+    monkeypatch.setattr("cor_vllm.calibrate.loading.free_bytes", lambda device: 10**12)
+    assert not load_model(checkpoint, "auto", None, Room(folder=tmp_path / "w")).offloaded
+
+
+def test_a_part_of_the_layers_in_memory(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = load_model(checkpoint, "auto", "cpu")
+    size = weight_bytes(plain.config, torch.float32)
+    assert size == sum(p.nbytes for p in plain.model.parameters())
+    monkeypatch.setattr(offload, "free_bytes", lambda device: int(size * 0.9))
+    model = load_model(checkpoint, "auto", "auto", Room(folder=tmp_path / "w"))
+    assert len({p.is_meta for p in model.model.parameters()}) == 2
+    assert torch.equal(run(plain)[0], run(model)[0])
+
+
+def test_no_room_on_disk(checkpoint: Path, tmp_path: Path, no_memory: None) -> None:
+    with pytest.raises(CalibrationError, match=r"fit into no memory, and None has 0\.0 GB"):
+        load_model(checkpoint, "auto", "auto")
+
+
+def test_without_accelerate(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CalibrationError, match="needs accelerate"):
+        offload.placement(10, torch.device("cpu"), Room())
+
+
+def test_weights_leave_when_a_call_fails(checkpoint: Path, tmp_path: Path, no_memory: None) -> None:
+    model = offloaded("disk", checkpoint, tmp_path / "w")
+    layer = model.decoder_layers[0]
+    with pytest.raises(ZeroDivisionError), held(layer):
+        assert not any(p.is_meta for p in layer.parameters())
+        raise ZeroDivisionError
+    assert all(p.is_meta for p in layer.parameters())
+
+
+def test_the_folder_of_a_killed_run_is_removed_and_a_foreign_one_is_not(tmp_path: Path) -> None:
+    folder = tmp_path / "o.offload"
+    folder.mkdir()
+    (folder / "weight.dat").touch()
+    with offload_folder(tmp_path / "o"):
+        assert not folder.exists()
+    folder.mkdir()
+    (folder / "thesis.txt").touch()
+    with pytest.raises(CalibrationError, match=r"o\.offload: is in the way"), offload_folder(tmp_path / "o"):
+        pass
+    assert (folder / "thesis.txt").exists()
