@@ -9,12 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from cor_vllm.calibrate import pipeline, state
@@ -28,14 +26,6 @@ from tests import tiny_models
 
 SMALL: dict[str, Any] = {"num_tokens": 60, "seq_len": 24, "heldout_tokens": 40}
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +187,8 @@ def test_a_full_disk_on_the_way(checkpoint: Path, tmp_path: Path, monkeypatch: p
 def test_more_host_memory_than_there_is(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2}[name])
+    machine = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2, "SC_AVPHYS_PAGES": 2}
+    monkeypatch.setattr("os.sysconf", machine.__getitem__)
     with pytest.raises(CalibrationError, match=r"GB of host memory, .* lower --num-tokens"):
         calibrate(options(checkpoint, tmp_path / "s"), QUIET)
 

@@ -1,7 +1,6 @@
 """Loading, refusing, and the edges of the interventions."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,14 +15,6 @@ from cor_vllm.calibrate.loading import load_model, model_folder, read_config
 from cor_vllm.calibrate.moe_model import MoeModel, check_family
 from cor_vllm.calibrate.plain import TOKENS_PER_FORWARD, Row, baseline, batches, pad, without
 from tests import tiny_models
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

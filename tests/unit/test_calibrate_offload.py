@@ -2,7 +2,6 @@
 
 import io
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,6 @@ from cor_vllm.calibrate.plain import baseline
 from cor_vllm.calibrate.stratify import stratify
 from cor_vllm.calibrate.sweep import Sweep
 from tests import tiny_models
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v2", "gpt_oss"])

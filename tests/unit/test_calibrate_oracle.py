@@ -33,14 +33,6 @@ Choose = Callable[[list[float], int], tuple[list[int], list[float]]]
 """(g of one token, its position) → (ids, weights before renormalisation and scale)."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for each other's threads
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=tiny_models.FAMILIES)
 def family(request: pytest.FixtureRequest) -> "Family":
     return Family(request.param)

@@ -1,6 +1,6 @@
 """The sweep against the plain algorithm, its oracle, on every supported family and option."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,6 @@ from cor_vllm.calibrate.sweep import Sweep
 from tests import tiny_models
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def options(**values: Any) -> CalibrationOptions:
@@ -270,7 +262,6 @@ def test_rotary_embeddings_that_depend_on_the_length_are_refused() -> None:
         case.sweep()
 
 
-@pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not in this checkout")
 def test_on_the_demo_model() -> None:
     """Trained weights and real text, where a loss is sometimes small and a router sometimes sure."""
     chosen = {"model": str(DEMO), "output": "o", "num_tokens": 90, "seq_len": 48, "heldout_tokens": 0}
