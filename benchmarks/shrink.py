@@ -80,13 +80,14 @@ def expert_loss(model: MoeModel, heldout: Sequences, cei: torch.Tensor) -> torch
 
 
 def compare(
-    model: MoeModel, half: MoeModel, draws: list[Sequences], reference: Cei, heldout: Sequences
+    model: MoeModel, half: MoeModel | None, draws: list[Sequences], reference: Cei, heldout: Sequences
 ) -> tuple[list[dict[str, float]], torch.Tensor]:
     """One row of numbers per draw, and the losses' difference shrunk − raw by draw and position."""
     stock = position_losses(model, heldout).double()
     rows, differences = [], []
     for number, sequences in enumerate(draws):
-        cei, other = calibrate(model, sequences), calibrate(half, sequences)
+        cei = calibrate(model, sequences)
+        other = calibrate(half, sequences) if half else None
         raw, shrunk = (expert_loss(model, heldout, values) for values in (cei.raw, cei.shrunk))
         differences.append(shrunk - raw)
         rows.append({
@@ -99,9 +100,10 @@ def compare(
             "shrunk_minus_stock": (shrunk - stock).mean().item(),
             "shrunk_minus_raw": (shrunk - raw).mean().item(),
             "shrunk_minus_raw_sem": statistics.mean_and_sem(shrunk - raw)[1],
+        } | ({
             "bfloat16_rank_correlation": rank_correlation(cei.raw, other.raw),
             "bfloat16_correlation": correlation(cei.raw, other.raw),
-        })  # fmt: skip
+        } if other else {}))  # fmt: skip
     return rows, torch.stack(differences)
 
 
@@ -144,8 +146,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1000, help="positions of a draw")
     parser.add_argument("--reference", type=int, default=20_000, help="positions of the large draw")
     parser.add_argument("--heldout", type=int, default=4000, help="positions")
+    parser.add_argument("--bfloat16", action="store_true", help="also in bfloat16, slow on most CPUs")
     args = parser.parse_args()
-    model, half = (load_model(args.model, dtype, None) for dtype in ("float32", "bfloat16"))
+    model = load_model(args.model, "float32", None)
+    half = load_model(args.model, "bfloat16", None) if args.bfloat16 else None
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     parts = [args.heldout, args.reference, *[args.tokens] * args.draws]
     corpus = load_corpus(args.corpus)

@@ -17,7 +17,7 @@ def test_a_checkpoint(
     folder = tiny_models.build("qwen3_moe", tmp_path / "tiny-qwen3")
     monkeypatch.setattr(shrink, "RESULTS", tmp_path / "results")
     sizes = ["--draws", "2", "--tokens", "60", "--reference", "120", "--heldout", "40"]
-    monkeypatch.setattr(sys, "argv", ["shrink.py", "--model", str(folder), *sizes])
+    monkeypatch.setattr(sys, "argv", ["shrink.py", "--model", str(folder), *sizes, "--bfloat16"])
     shrink.main()
     assert "correlation_shrunk − correlation_raw" in capsys.readouterr().out
     (path,) = (tmp_path / "results").iterdir()
@@ -27,6 +27,7 @@ def test_a_checkpoint(
     for row in rows:
         assert row["date"] and row["device"] and row["corpus"] == "default"
         change = float(row["shrunk_minus_stock"]) - float(row["raw_minus_stock"])
+        assert float(row["bfloat16_rank_correlation"]) > 0.5
         assert float(row["shrunk_minus_raw"]) == pytest.approx(change, abs=1e-9)
 
 
