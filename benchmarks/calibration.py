@@ -7,8 +7,8 @@
 Runs alternate between the two, so that a busy machine slows both. The table gives wall time, median and
 range, and CPU time of the process, the quickest run: without a GPU the laws are fitted to that, since other
 jobs on the machine disturb it least. Layer-rows are token positions times decoder layers, counted where they
-happen. Two laws: time = fixed + rate · layer-rows; and, for random models, rows and time as powers of layers
-M, experts N, positions P and hard positions H.
+happen. Two laws: time = fixed + rate · layer-rows + rate · layer calls · N; and, for random models, rows and
+time as powers of layers M, experts N, positions P and hard positions H.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from cor_vllm.calibrate.stratify import Strata, stratify
 from cor_vllm.calibrate.sweep import Sweep
 
 RESULTS = Path(__file__).with_name("results")
-LAYERS, EXPERTS, TOKENS, PERCENTILE = 4, 16, 250, 90.0  # the shape from which one number at a time changes
+LAYERS, EXPERTS, TOKENS, PERCENTILE = 4, 16, 500, 90.0  # the shape from which one number at a time changes
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Timing:
     cpu_seconds: list[float]  # of the whole process, all threads
     load: float = 0.0  # the machine's one-minute load average, highest of the runs
     gpu: bool = False
+    layer_calls: int = 0  # calls of decoder layers; each loops over the experts
 
     def median(self) -> float:
         return statistics.median(self.seconds)
@@ -128,7 +129,8 @@ def measure(
             chosen = CalibrationOptions(
                 model="benchmark", output=Path("none"), **{"algorithm": timing.algorithm} | options
             )
-            seconds, cpu, timing.layer_rows = run_once(model, chosen, sequences, base, strata)
+            seconds, cpu, rows = run_once(model, chosen, sequences, base, strata)
+            timing.layer_rows, timing.layer_calls = sum(rows), len(rows)
             timing.seconds.append(seconds)
             timing.cpu_seconds.append(cpu)
             timing.load = max(timing.load, os.getloadavg()[0])
@@ -141,8 +143,8 @@ def run_once(
     sequences: list[list[int]],
     base: Baseline,
     strata: Strata,
-) -> tuple[float, float, int]:
-    """Wall seconds, CPU seconds and layer-rows of one measurement of all layers."""
+) -> tuple[float, float, list[int]]:
+    """Wall seconds, CPU seconds and the rows of every layer call of one measurement of all layers."""
     synchronize(model)
     start, cpu = time.perf_counter(), time.process_time()
     kind: Any = Sweep if chosen.algorithm == "sweep" else PlainAlgorithm
@@ -152,7 +154,7 @@ def run_once(
             algorithm.step(step)
         algorithm.result()
     synchronize(model)
-    return time.perf_counter() - start, time.process_time() - cpu, sum(rows)
+    return time.perf_counter() - start, time.process_time() - cpu, rows
 
 
 def synchronize(model: MoeModel) -> None:
@@ -166,7 +168,7 @@ def grid(seq_len: int) -> Iterator[tuple[MoeModel, Shape]]:
     start = Shape("random", LAYERS, EXPERTS, 4, TOKENS, seq_len)
     shapes = [replace(start, layers=layers) for layers in (1, 2, 4, 8)]
     shapes += [replace(start, experts=experts) for experts in (8, 32, 64)]
-    shapes += [replace(start, tokens=tokens) for tokens in (125, 500, 1000)]
+    shapes += [replace(start, tokens=tokens) for tokens in (250, 1000, 2000)]
     shapes += [replace(start, hard_percentile=percentile) for percentile in (80.0, 60.0, 20.0)]
     for shape in shapes:
         yield random_model(shape.layers, shape.experts), shape
@@ -204,16 +206,31 @@ def spread(timing: Timing) -> str:
 
 
 def law(timings: list[Timing], algorithm: str = "sweep") -> str:
-    """Least squares over one algorithm's shapes: fixed seconds, microseconds per layer-row, R²."""
+    """Least squares over one algorithm's shapes: fixed seconds, per layer-row, per layer call and expert."""
     own = [timing for timing in timings if timing.algorithm == algorithm]
     if len(own) < 3:
         return ""
-    rows, seconds = [float(t.layer_rows) for t in own], [t.least() for t in own]
-    rate, fixed = statistics.linear_regression(rows, seconds)
-    fit = statistics.correlation(rows, seconds) ** 2
-    return (
-        f"{algorithm}: {fixed:.2f} s + {rate * 1e6:.2f} µs per layer-row, R² {fit:.3f} over {len(own)} shapes"
-    )
+    columns = [[1.0] * len(own), [float(t.layer_rows) for t in own]]
+    turns = [float(t.layer_calls * t.shape.experts) for t in own]
+    if len(set(turns)) > 1 and len(own) > 3:
+        columns.append(turns)
+    target = torch.tensor([t.least() for t in own], dtype=torch.float64)
+    (fixed, *rates), fit, _ = least_squares(columns, target)
+    units = ("layer-row", "layer call and expert")
+    rest = "".join(f" + {rate * 1e6:.2f} µs per {unit}" for rate, unit in zip(rates, units, strict=False))
+    return f"{algorithm}: {fixed:.2f} s{rest}, R² {fit:.3f} over {len(own)} shapes"
+
+
+def least_squares(columns: list[list[float]], target: torch.Tensor) -> tuple[list[float], float, list[float]]:
+    """Coefficients, R², and the coefficients' standard errors."""
+    design = torch.tensor(columns, dtype=torch.float64).T
+    scale = design.abs().amax(dim=0)
+    found = torch.linalg.lstsq(design / scale, target).solution
+    residual = (target - design / scale @ found).square().sum()
+    fit = 1 - (residual / (target - target.mean()).square().sum()).item()
+    variance = residual / max(len(target) - len(found), 1)
+    errors = (torch.linalg.pinv((design / scale).T @ (design / scale)).diagonal() * variance).sqrt()
+    return (found / scale).tolist(), fit, (errors / scale).tolist()
 
 
 def power_law(timings: list[Timing], algorithm: str, quantity: str) -> str:
@@ -227,10 +244,7 @@ def power_law(timings: list[Timing], algorithm: str, quantity: str) -> str:
         return ""
     values = [t.least() if quantity == "seconds" else t.layer_rows for t in own]
     target = torch.tensor(values, dtype=torch.float64).log()
-    found = torch.linalg.lstsq(design, target).solution
-    residual = (target - design @ found).square().sum()
-    errors = (torch.linalg.inv(design.T @ design).diagonal() * residual / (len(own) - len(found))).sqrt()
-    fit = 1 - (residual / (target - target.mean()).square().sum()).item()
+    found, fit, errors = least_squares([[1.0] * len(own), *columns], target)
     powers = (f"{n}^({b:.2f} ± {e:.2f})" for n, b, e in zip(names, found[1:], errors[1:], strict=True))
     return f"{algorithm} {quantity} ~ {' '.join(powers)}, R² {fit:.3f} over {len(own)} shapes"
 
@@ -248,9 +262,8 @@ def linear_in_hard(timings: list[Timing], algorithm: str) -> str:
             hard, seconds = [float(t.hard) for t in own], [t.least() for t in own]
             rate, fixed = statistics.linear_regression(hard, seconds)
             fit = statistics.correlation(hard, seconds) ** 2
-            lines.append(
-                f"{algorithm}, {what}: {fixed:.2f} s + {rate * 1e3:.2f} ms per hard position, R² {fit:.3f}"
-            )
+            law = f"{fixed:.2f} s + {rate * 1e3:.2f} ms per hard position, R² {fit:.3f}"
+            lines.append(f"{algorithm}, {what}: {law}")
     return "\n".join(lines)
 
 
@@ -285,6 +298,7 @@ def write_csv(timings: list[Timing], device: str) -> Path:
     rows = [
         asdict(timing.shape)
         | {"algorithm": timing.algorithm, "hard": timing.hard, "layer_rows": timing.layer_rows,
+           "layer_calls": timing.layer_calls,
            "repeats": len(timing.seconds), "median_s": round(timing.median(), 4),
            "min_s": round(min(timing.seconds), 4), "max_s": round(max(timing.seconds), 4),
            "cpu_median_s": round(statistics.median(timing.cpu_seconds), 4),

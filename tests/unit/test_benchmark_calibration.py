@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import calibration
+from cor_vllm.calibrate.sweep import CHECKED
 from tests import tiny_models
 
 
@@ -67,3 +68,13 @@ def test_the_powers_are_recovered() -> None:
         found = calibration.power_law(timings, "sweep", quantity).replace("-0.00", "0.00")
         assert found == f"sweep {quantity} ~ {powers}, R² 1.000 over 16 shapes"
     assert calibration.power_law(timings[:2], "sweep", "rows") == "", "two shapes determine no law"
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(1, 8), (3, 8), (3, 16)])
+def test_rows_of_the_sweep_follow_their_formula(layers: int, experts: int) -> None:
+    """A row per token and layer, and from each layer on its own copies and variants; N has no part in it."""
+    model = calibration.random_model(layers, experts)
+    shape = calibration.Shape("random", layers, experts, 4, 60, 16)  # 4 sequences of 16 tokens: 64 rows
+    (timing,) = calibration.measure(model, shape, ["sweep"], 1, {})
+    forked = (64 + timing.hard * 4) * layers * (layers + 1) // 2
+    assert timing.layer_rows == (64 + CHECKED) * layers + forked
