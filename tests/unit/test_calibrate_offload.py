@@ -179,3 +179,20 @@ def test_the_folder_of_a_killed_run_is_removed_and_a_foreign_one_is_not(tmp_path
     with pytest.raises(CalibrationError, match=r"o\.offload: is in the way"), offload_folder(tmp_path / "o"):
         pass
     assert (folder / "thesis.txt").exists()
+
+
+def test_tied_embeddings_wait_on_disk_too(tmp_path: Path, no_memory: None) -> None:
+    checkpoint = tiny_models.build("qwen3_moe", tmp_path / "tied", tie_word_embeddings=True)
+    plain, model = load_model(checkpoint, "auto", "cpu"), offloaded("disk", checkpoint, tmp_path / "w")
+    assert torch.equal(run(plain)[0], run(model)[0])
+
+
+def test_a_gpu_is_filled_first_but_for_what_the_sweep_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {"cuda": 1000, "cpu": 500}
+    monkeypatch.setattr(offload, "free_bytes", lambda device: free[device.type])
+    room = Room(device=100, host=200, folder=tmp_path / "w")
+    placed = offload.placement(10**4, torch.device("cuda"), room)
+    assert placed["max_memory"] == {0: 850, "cpu": 300}
+    assert offload.placement(10, torch.device("cpu"), room)["max_memory"] == {"cpu": 200}
