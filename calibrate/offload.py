@@ -20,6 +20,7 @@ from torch import nn
 
 from cor_vllm.calibrate.config import CalibrationError
 
+ALIGNMENT = 64  # bytes: torch's own on the CPU
 FRAGMENTED = 0.95  # of a CUDA device's free memory: the rest is what the allocator cannot use
 
 
@@ -37,12 +38,23 @@ def held(*modules: nn.Module) -> Iterator[None]:
         for part, hook in hooks:
             placed.append((part, hook))
             hook.pre_forward(part)
+            align(part, recurse=False)
             hook.offload = False  # accelerate's own "these weights stay": no call inside moves them
         yield
     finally:
         for part, hook in placed:
             hook.offload = True
             hook.post_forward(part, None)
+
+
+def align(module: nn.Module, recurse: bool = True) -> None:
+    """Move weights that are mapped in place from a checkpoint to where torch would have put them.
+
+    Kernels round by alignment; so a weight gives the same bits wherever its file has it and it waited.
+    """
+    for parameter in module.parameters(recurse):
+        if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def is_offloaded(model: nn.Module) -> bool:

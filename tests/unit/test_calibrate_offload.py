@@ -14,6 +14,7 @@ from rich.console import Console
 
 from cor_vllm.calibrate import offload
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
+from cor_vllm.calibrate.forward import batch_losses
 from cor_vllm.calibrate.loading import load_model
 from cor_vllm.calibrate.measure import LayerMeasurement
 from cor_vllm.calibrate.memory import bytes_per_row
@@ -24,6 +25,8 @@ from cor_vllm.calibrate.plain import baseline
 from cor_vllm.calibrate.stratify import stratify
 from cor_vllm.calibrate.sweep import Sweep
 from tests import tiny_models
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -196,3 +199,13 @@ def test_a_gpu_is_filled_first_but_for_what_the_sweep_needs(
     placed = offload.placement(10**4, torch.device("cuda"), room)
     assert placed["max_memory"] == {0: 850, "cpu": 300}
     assert offload.placement(10, torch.device("cpu"), room)["max_memory"] == {"cpu": 200}
+
+
+@pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not in this checkout")
+def test_weights_read_in_place_from_the_checkpoint_give_the_same_bits(
+    tmp_path: Path, no_memory: None
+) -> None:
+    """The demo model keeps its experts as transformers does, at offsets that no allocator would choose."""
+    plain, model = load_model(DEMO, "auto", "cpu"), offloaded("disk", DEMO, tmp_path / "w")
+    input_ids = torch.randint(0, 4000, (4, 256), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(plain.losses(input_ids), batch_losses(model, [input_ids])[0][0])
