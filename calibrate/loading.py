@@ -7,7 +7,7 @@ import torch
 
 from cor_vllm.calibrate.config import CalibrationError
 from cor_vllm.calibrate.moe_model import MoeModel, check_family
-from cor_vllm.calibrate.offload import Room, free_bytes, placement, weight_bytes
+from cor_vllm.calibrate.offload import Room, align, free_bytes, placement, weight_bytes
 
 NO_ROOM = Room()
 
@@ -93,6 +93,7 @@ def load_model(folder: Path, dtype: str, device: str | None, room: Room = NO_ROO
         raise CalibrationError(
             f"{folder}: {len(missing)} weights are missing, {missing[0]} first; download it again"
         )
+    align(model)
     if "device_map" not in extra:
         return MoeModel(model.to(target))
     loaded = MoeModel(model)

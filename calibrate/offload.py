@@ -20,6 +20,9 @@ from torch import nn
 
 from cor_vllm.calibrate.config import CalibrationError
 
+ALIGNMENT = 64  # bytes: torch's own on the CPU
+FRAGMENTED = 0.95  # of a CUDA device's free memory: the rest is what the allocator cannot use
+
 
 @contextmanager
 def held(*modules: nn.Module) -> Iterator[None]:
@@ -35,12 +38,23 @@ def held(*modules: nn.Module) -> Iterator[None]:
         for part, hook in hooks:
             placed.append((part, hook))
             hook.pre_forward(part)
+            align(part, recurse=False)
             hook.offload = False  # accelerate's own "these weights stay": no call inside moves them
         yield
     finally:
         for part, hook in placed:
             hook.offload = True
             hook.post_forward(part, None)
+
+
+def align(module: nn.Module, recurse: bool = True) -> None:
+    """Move weights that are mapped in place from a checkpoint to where torch would have put them.
+
+    Kernels round by alignment; so a weight gives the same bits wherever its file has it and it waited.
+    """
+    for parameter in module.parameters(recurse):
+        if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def is_offloaded(model: nn.Module) -> bool:
@@ -78,8 +92,8 @@ def free_bytes(device: torch.device) -> int:
     """Memory that is free now on a CUDA device, or on the host within this process's control group."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    meminfo = Path("/proc/meminfo")  # counts what the kernel would give back, where there is such a file
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # all there is, on systems without:
+    meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
@@ -119,7 +133,8 @@ def placement(size: int, device: torch.device, room: Room) -> dict[str, Any]:
         )
     limits: dict[int | str, int] = {"cpu": max(0, free_bytes(torch.device("cpu")) - room.host)}
     if device.type == "cuda":
-        limits = {device.index or 0: max(0, free_bytes(device) - room.device), **limits}
+        usable = int(FRAGMENTED * free_bytes(device)) - room.device
+        limits = {device.index or 0: max(0, usable), **limits}
     else:
         limits["cpu"] = max(0, limits["cpu"] - room.device)
     beyond = size - sum(limits.values())

@@ -1,12 +1,14 @@
 """The plain algorithm: one full forward per intervention. Slow, obvious, and the oracle for anything faster.
 
 Rows of a batch do not see each other, so several interventions share a forward call, one per row. Attention
-is causal, so a row whose loss is read at position t alone is cut after token t+1.
+is causal, so a row whose loss is read at position t alone is cut after token t+1. An expert that is taken
+away from a whole sequence leaves the layers below as they are: there the forward starts at its layer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -14,6 +16,7 @@ from cor_vllm.calibrate.config import CalibrationOptions
 from cor_vllm.calibrate.forward import batch_losses
 from cor_vllm.calibrate.measure import Baseline, LayerMeasurement
 from cor_vllm.calibrate.moe_model import MoeModel, Rule
+from cor_vllm.calibrate.prefix import Prefix
 from cor_vllm.calibrate.stratify import Strata, locate
 from cor_vllm.kernels.reference import probabilities, select
 
@@ -122,6 +125,7 @@ class PlainAlgorithm:
         self._active = [
             model.route(router_logits[strata.hard])[1].long() for router_logits in base.router_logits
         ]  # per layer [H, top_k]
+        self._prefix = Prefix(model, sequences)
         self._done: list[LayerMeasurement] = []
 
     def work(self) -> list[int]:
@@ -183,6 +187,23 @@ class PlainAlgorithm:
             self._advance(len(batch))
         return changes
 
+    def _run_from(
+        self, layer: int, rows: Sequence[Row], intervene: Callable[..., AbstractContextManager[None]]
+    ) -> list[torch.Tensor]:
+        """`_run` for rows that act everywhere, at MoE layer `layer`: the layers below run once a sequence."""
+        self._prefix.move(self._model.layer_index[layer])
+        changes: list[torch.Tensor] = []
+        for sequence, group in groupby(rows, key=lambda row: row.sequence):
+            length = len(self._sequences[sequence])
+            start = self._starts[sequence]
+            experts = torch.tensor([row.expert for row in group])[:, None].expand(-1, length)
+            for block in experts.split(max(1, TOKENS_PER_FORWARD // length)):
+                with intervene(torch.ones(block.shape, dtype=torch.bool), block):
+                    losses = self._prefix.losses(sequence, len(block)).double()
+                changes += losses - self._losses[start : start + length - 1]
+                self._advance(len(block))
+        return changes
+
     def _sensitivity_rows(self) -> list[Row]:
         if self._options.perturb_scope == "sequence":
             return [Row(s) for s in range(len(self._sequences))]
@@ -214,9 +235,9 @@ class PlainAlgorithm:
             return self._model.routing({layer: rule}, where)
 
         rows = self._ablation_rows(layer)
-        changes = self._run(rows, take_away)
         if self._options.scope == "token":
-            return torch.cat(changes).view(len(self._hard), self._model.top_k)
+            return torch.cat(self._run(rows, take_away)).view(len(self._hard), self._model.top_k)
+        changes = self._run_from(layer, rows, take_away)
         by_pair = {(row.sequence, row.expert): change for row, change in zip(rows, changes, strict=True)}
         active = self._active[layer].tolist()
         hard = zip(self._hard, active, strict=True)

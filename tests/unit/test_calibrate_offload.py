@@ -13,6 +13,7 @@ from rich.console import Console
 
 from cor_vllm.calibrate import offload
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
+from cor_vllm.calibrate.forward import batch_losses
 from cor_vllm.calibrate.loading import load_model
 from cor_vllm.calibrate.measure import LayerMeasurement
 from cor_vllm.calibrate.memory import bytes_per_row
@@ -23,6 +24,8 @@ from cor_vllm.calibrate.plain import baseline
 from cor_vllm.calibrate.stratify import stratify
 from cor_vllm.calibrate.sweep import Sweep
 from tests import tiny_models
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v2", "gpt_oss"])
@@ -170,3 +173,30 @@ def test_the_folder_of_a_killed_run_is_removed_and_a_foreign_one_is_not(tmp_path
     with pytest.raises(CalibrationError, match=r"o\.offload: is in the way"), offload_folder(tmp_path / "o"):
         pass
     assert (folder / "thesis.txt").exists()
+
+
+def test_tied_embeddings_wait_on_disk_too(tmp_path: Path, no_memory: None) -> None:
+    checkpoint = tiny_models.build("qwen3_moe", tmp_path / "tied", tie_word_embeddings=True)
+    plain, model = load_model(checkpoint, "auto", "cpu"), offloaded("disk", checkpoint, tmp_path / "w")
+    assert torch.equal(run(plain)[0], run(model)[0])
+
+
+def test_a_gpu_is_filled_first_but_for_what_the_sweep_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {"cuda": 1000, "cpu": 500}
+    monkeypatch.setattr(offload, "free_bytes", lambda device: free[device.type])
+    room = Room(device=100, host=200, folder=tmp_path / "w")
+    placed = offload.placement(10**4, torch.device("cuda"), room)
+    assert placed["max_memory"] == {0: 850, "cpu": 300}
+    assert offload.placement(10, torch.device("cpu"), room)["max_memory"] == {"cpu": 200}
+
+
+@pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not in this checkout")
+def test_weights_read_in_place_from_the_checkpoint_give_the_same_bits(
+    tmp_path: Path, no_memory: None
+) -> None:
+    """The demo model keeps its experts as transformers does, at offsets that no allocator would choose."""
+    plain, model = load_model(DEMO, "auto", "cpu"), offloaded("disk", DEMO, tmp_path / "w")
+    input_ids = torch.randint(0, 4000, (4, 256), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(plain.losses(input_ids), batch_losses(model, [input_ids])[0][0])
