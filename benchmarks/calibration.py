@@ -280,6 +280,11 @@ def device_name(model: MoeModel) -> str:
     """The GPU, or the processor as Linux names it."""
     if model.device.type == "cuda":
         return torch.cuda.get_device_name(model.device)
+    return cpu_name()
+
+
+def cpu_name() -> str:
+    """The processor as Linux names it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "cpu")

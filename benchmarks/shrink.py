@@ -76,14 +76,14 @@ def rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:
 def expert_loss(model: MoeModel, heldout: Sequences, cei: torch.Tensor) -> torch.Tensor:
     """[P] float64 losses under `expert` routing."""
     tables = Tables([model.top_k] * model.num_layers, cei)
-    return position_losses(model, heldout, rules(model, tables, "expert", LAMBDA, 0)).double()
+    return position_losses(model, heldout, [rules(model, tables, "expert", LAMBDA, 0)])[0].double()
 
 
 def compare(
     model: MoeModel, half: MoeModel | None, draws: list[Sequences], reference: Cei, heldout: Sequences
 ) -> tuple[list[dict[str, float]], torch.Tensor]:
     """One row of numbers per draw, and the losses' difference shrunk − raw by draw and position."""
-    stock = position_losses(model, heldout).double()
+    stock = position_losses(model, heldout, [{}])[0].double()
     rows, differences = [], []
     for number, sequences in enumerate(draws):
         cei = calibrate(model, sequences)
