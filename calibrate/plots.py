@@ -147,5 +147,9 @@ def coverage_figure(scores: Scores) -> Figure:
     axes.set_xlabel("expert rank within the layer, by coverage")
     axes.set_ylabel("decoder layer")
     never = int((scores.cei_count == 0).sum())
-    axes.set_title(f"{scores.config.model.name}: coverage; {never} of {counts.numel()} experts never active")
+    title = f"{scores.config.model.name}: coverage; {never} of {counts.numel()} experts never active"
+    rank = (scores.config.calibration.model_extra or {}).get("cei_split_half_rank")
+    if rank is not None:
+        title += f"\nrank correlation of CEI from two halves of the hard positions: {rank:.2f}"
+    axes.set_title(title)
     return figure

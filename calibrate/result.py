@@ -140,6 +140,7 @@ def _details(
     measured: Sequence[LayerMeasurement],
 ) -> dict[str, Any]:
     """How far the numbers can be trusted: what `show` prints beside them, recorded under `calibration`."""
+    impacts = [(m.active, m.ablation) for m in measured]
     details: dict[str, Any] = {
         "heldout_corpus": inputs.heldout_corpus if inputs.heldout else None,
         "mean_loss": base.losses.double().mean().item(),
@@ -148,8 +149,9 @@ def _details(
         "rki_interval": [
             statistics.intensity_interval(m.hard, m.easy, options.epsilon, options.seed) for m in measured
         ],
-        "cei_split_half": statistics.split_half_correlation(
-            [(m.active, m.ablation) for m in measured], model.num_experts, options.seed
+        "cei_split_half": statistics.split_half_correlation(impacts, model.num_experts, options.seed),
+        "cei_split_half_rank": statistics.split_half_correlation(
+            impacts, model.num_experts, options.seed, ranks=True
         ),
     }
     if options.intensity == "marginal":

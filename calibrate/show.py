@@ -49,17 +49,19 @@ def warnings(scores: Scores) -> list[str]:
 def reliability(scores: Scores) -> str:
     """One sentence on how well the hard positions determine CEI, and how many would do; "" if not known."""
     calibration = scores.config.calibration
-    correlation = (calibration.model_extra or {}).get("cei_split_half")
+    details = calibration.model_extra or {}
+    correlation, rank = details.get("cei_split_half"), details.get("cei_split_half_rank")
     if correlation is None:
         return ""
+    ranks = f" (ranks within layers: {rank:.2f})" if rank is not None else ""
     found = (
-        f"halves of the {calibration.num_hard} correlate at {correlation:.2f}, so all of them have a "
+        f"halves of the {calibration.num_hard} correlate at {correlation:.2f}{ranks}, so all of them have a "
         f"reliability of {full_reliability(correlation):.2f}"
     )
     needed = samples_for(RELIABLE, correlation, calibration.num_hard)
     if needed is None:
         return f"{found}; how many would do cannot be told, try ten times as many"
-    if (calibration.model_extra or {}).get("positions"):
+    if details.get("positions"):
         return f"{found}; {RELIABLE:g} takes about {_rough(needed)}: name more in --positions"
     tokens = needed * calibration.num_positions / max(calibration.num_hard, 1)
     return f"{found}; {RELIABLE:g} takes about {_rough(needed)}: --num-tokens {_rough(tokens)}"

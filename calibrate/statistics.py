@@ -93,7 +93,7 @@ def intensity_interval(
 
 
 def split_half_correlation(
-    layers: list[tuple[torch.Tensor, torch.Tensor]], num_experts: int, seed: int
+    layers: list[tuple[torch.Tensor, torch.Tensor]], num_experts: int, seed: int, ranks: bool = False
 ) -> float | None:
     """How well CEI from one random half of the hard positions predicts CEI from the other.
 
@@ -101,6 +101,7 @@ def split_half_correlation(
         layers: (active [H, K], ablation [H, K]) of every layer.
         num_experts: N.
         seed: of the split.
+        ranks: correlate the experts' ranks within their layer, which a few extreme values do not decide.
 
     Returns:
         Pearson correlation over all experts seen in both halves, layer means removed; None where fewer than
@@ -117,7 +118,9 @@ def split_half_correlation(
         both = (halves[0].count > 0) & (halves[1].count > 0)
         for side, half in zip(sides, halves, strict=True):
             if both.any():
-                side.append(half.raw[both] - half.raw[both].mean())
+                values = half.raw[both]
+                values = values.argsort().argsort().to(values) if ranks else values
+                side.append(values - values.mean())
     if sum(map(len, sides[0])) < 3:
         return None
     first, second = torch.cat(sides[0]), torch.cat(sides[1])

@@ -152,6 +152,14 @@ def test_split_half_correlation() -> None:
     empty = statistics.split_half_correlation([(active, noise)], 10, 0)
     assert clear is not None and clear > 0.95
     assert empty is not None and abs(empty) < 0.7
+    # One expert far beyond the others carries Pearson's correlation by itself, not that of the ranks.
+    lone = torch.where(active == 0, 50.0, 0.0)
+    pearson = statistics.split_half_correlation([(active, lone + noise)], 10, 0)
+    ranks = statistics.split_half_correlation([(active, lone + noise)], 10, 0, ranks=True)
+    assert pearson is not None and pearson > 0.99
+    assert ranks is not None and ranks < 0.9
+    order = statistics.split_half_correlation([(active, true[active].exp() * 1e6)], 10, 0, ranks=True)
+    assert order == pytest.approx(1.0)
     assert statistics.split_half_correlation([(active[:1], noise[:1])], 10, 0) is None
     assert statistics.split_half_correlation([(active, torch.zeros(400, 4))], 10, 0) is None
 
