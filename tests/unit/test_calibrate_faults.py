@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from cor_vllm.calibrate import pipeline, state
@@ -82,16 +83,25 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     assert not state.partial_path(output).exists()
 
 
+def calibrate_quietly(chosen: CalibrationOptions) -> None:
+    """What a child process runs."""
+    torch.set_num_threads(1)
+    calibrate(chosen, QUIET)
+
+
 def test_killed_at_random_points_it_ends_in_the_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
     """SIGKILL, which nothing can catch, at least 20 times; a child that was quicker starts again."""
     output = tmp_path / "scores.safetensors"
     two_chunks = 48 * bytes_per_row(read_config(checkpoint), 24, 4)
     chosen = options(checkpoint, output, max_memory=two_chunks)
     generator = random.Random(0)
-    context = multiprocessing.get_context("fork")  # the imports are done, so a run takes a second
+    # Forks of a process that has imported everything and run nothing: a run takes a second. A fork of this
+    # process would inherit the locks, not the threads, of whatever the tests before have computed with.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
 
     def run(seconds: float | None) -> int | None:
-        child = context.Process(target=calibrate, args=(chosen, QUIET))
+        child = context.Process(target=calibrate_quietly, args=(chosen,))
         child.start()
         child.join(seconds)
         if child.is_alive():
