@@ -192,7 +192,6 @@ def test_a_gpu_is_filled_first_but_for_what_the_sweep_needs(
     assert offload.placement(10, torch.device("cpu"), room)["max_memory"] == {"cpu": 200}
 
 
-@pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not in this checkout")
 def test_weights_read_in_place_from_the_checkpoint_give_the_same_bits(
     tmp_path: Path, no_memory: None
 ) -> None:
