@@ -12,6 +12,11 @@ def cor_topk(
     renormalize: bool,
     scoring_func: str = "softmax",
     scale: float = 1.0,
+    *,
+    num_expert_group: int = 1,
+    topk_group: int = 1,
+    is_padding: torch.Tensor | None = None,
+    indices_type: torch.dtype = torch.int32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Select by probability plus bias, weigh by probability alone.
 
@@ -26,16 +31,27 @@ def cor_topk(
         renormalize: divide the weights by their sum, at least SMALLEST.
         scoring_func: "softmax" or "sigmoid".
         scale: the model's routed scaling factor.
+        num_expert_group: groups that the experts are split into, N / num_expert_group ≥ 2 consecutive ones
+            each; 1: none.
+        topk_group: the groups whose two best g + bias have the highest sum come before all others.
+        is_padding: [T] bool, rows that stand for no token: id −1, weight 0; None: there are none.
+        indices_type: of the ids, torch.int32 or torch.int64.
 
     Returns:
-        topk_weights [T, top_k] float32 and topk_ids [T, top_k] int32, both by descending score. For any
-        bits in the input the ids of a row are distinct and in [0, N).
+        topk_weights [T, top_k] float32 and topk_ids [T, top_k], both by descending score. For any bits in
+        the input the ids of a row that is no padding are distinct and in [0, N).
 
     Source: paper Eq. 9; method.md, "Online routing".
     """
     probs = probabilities(router_logits, scoring_func)
     scores = probs if bias is None else probs + bias
-    return select(probs, scores, top_k, renormalize, scale)
+    weights, ids = select(
+        probs, scores, top_k, renormalize, scale, num_expert_group=num_expert_group, topk_group=topk_group
+    )
+    if is_padding is not None:
+        weights = weights.masked_fill(is_padding[:, None], 0.0)
+        ids = ids.masked_fill(is_padding[:, None], -1)
+    return weights, ids.to(indices_type)
 
 
 def probabilities(router_logits: torch.Tensor, scoring_func: str = "softmax") -> torch.Tensor:
@@ -51,14 +67,41 @@ def probabilities(router_logits: torch.Tensor, scoring_func: str = "softmax") ->
 
 
 def select(
-    probs: torch.Tensor, scores: torch.Tensor, top_k: int, renormalize: bool, scale: float = 1.0
+    probs: torch.Tensor,
+    scores: torch.Tensor,
+    top_k: int,
+    renormalize: bool,
+    scale: float = 1.0,
+    *,
+    num_expert_group: int = 1,
+    topk_group: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The top_k experts by `scores` [T, N], weighed by `probs` [T, N]; see `cor_topk`."""
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    # torch.topk leaves open which of equal scores it takes; a stable sort takes the lowest id.
-    ids = scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    order = _descending(scores)
+    if topk_group < num_expert_group:
+        # Experts of dropped groups come last rather than never, so that the ids are distinct for any top_k.
+        dropped = _dropped(scores, num_expert_group, topk_group).gather(1, order)
+        order = order.gather(1, dropped.int().sort(dim=-1, stable=True).indices)
+    ids = order[:, :top_k]
     weights = probs.gather(1, ids)
     if renormalize:
         # Where nothing selected has any weight the sum is 0, and so is what it divides.
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(SMALLEST)
     return weights * scale, ids.to(torch.int32).contiguous()
+
+
+def _descending(scores: torch.Tensor) -> torch.Tensor:
+    # torch.topk leaves open which of equal scores it takes; a stable sort takes the lowest id.
+    return scores.sort(dim=-1, descending=True, stable=True).indices
+
+
+def _dropped(scores: torch.Tensor, num_expert_group: int, topk_group: int) -> torch.Tensor:
+    """[T, N] bool: experts of the groups that are not among the topk_group best (DeepSeek-V3, §2.1.2)."""
+    tokens, experts = scores.shape
+    two_best = scores.view(tokens, num_expert_group, -1).topk(2).values.sum(dim=-1)
+    kept = _descending(two_best.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf))[
+        :, :topk_group
+    ]
+    dropped = torch.ones_like(two_best, dtype=torch.bool).scatter(1, kept, False)
+    return dropped.repeat_interleave(experts // num_expert_group, dim=1)
