@@ -174,6 +174,7 @@ def _build_layer(original: Any, bound: inspect.BoundArguments, config: CorConfig
 
     from cor_vllm.router import CorRouter
 
+    engine = get_current_vllm_config()
     arguments = bound.arguments
     prefix = arguments["prefix"]
     _refuse_layer(prefix, arguments)
@@ -187,8 +188,8 @@ def _build_layer(original: Any, bound: inspect.BoundArguments, config: CorConfig
         return CorRouter(
             create_router(**options),
             routing,
-            renormalize=options["renormalize"],
-            scale=options["routed_scaling_factor"],
+            options,
+            logits_dtype=arguments["router_logits_dtype"] or engine.model_config.dtype,
             weights=config.weights,
             seed=config.seed,
         )
@@ -202,25 +203,25 @@ def _build_layer(original: Any, bound: inspect.BoundArguments, config: CorConfig
         module.create_fused_moe_router = create_router
     _check_layer(prefix, runner)
     if routing.bias is not None:
-        device = get_current_vllm_config().device_config.device
-        runner.register_buffer("cor_bias", routing.bias.to(device), persistent=False)
+        bias = routing.bias.to(engine.device_config.device)
+        runner.register_buffer("cor_bias", bias, persistent=False)
         runner.router.bias = runner.cor_bias
     return runner
 
 
 def _refuse_layer(prefix: str, arguments: dict[str, Any]) -> None:
-    """Layers whose selection is more than softmax and top-k, each by the name of what it does instead."""
+    """Layers whose selection is more than scores and top-k, each by the name of what it does instead."""
+    groups = _groups_refused(arguments)
     reasons = {
         "a router of its own": arguments["router"] is not None,
         "a custom routing function": arguments["custom_routing_function"] is not None,
         "hash routing": arguments["hash_indices_table"] is not None,
         "zero experts": arguments["zero_expert_type"] is not None,
+        "a vision routing bias": arguments["bias_vl"] is not None,
         "fused shared experts": arguments["fuse_shared_experts"],
         "router weights on the input": arguments["apply_router_weight_on_input"],
-        "a score correction bias": arguments["e_score_correction_bias"] is not None,
-        f"{arguments['scoring_func']} scoring": arguments["scoring_func"] != "softmax",
-        "grouped top-k": arguments["use_grouped_topk"]
-        and (arguments["num_expert_group"], arguments["topk_group"]) not in ((1, 1), (0, 0)),
+        f"{arguments['scoring_func']} scoring": arguments["scoring_func"] not in ("softmax", "sigmoid"),
+        groups: bool(groups),
         "simulated routing (VLLM_MOE_ROUTING_SIMULATION_STRATEGY)": bool(
             os.environ.get("VLLM_MOE_ROUTING_SIMULATION_STRATEGY")
         ),
@@ -230,6 +231,18 @@ def _refuse_layer(prefix: str, arguments: dict[str, Any]) -> None:
             raise RoutingError(
                 f"{prefix}: {reason}: not supported by counterfactual routing; start without it"
             )
+
+
+def _groups_refused(arguments: dict[str, Any]) -> str:
+    """Why these groups of experts are not ours; empty where they are, or where there are none."""
+    groups, experts = arguments["num_expert_group"], arguments["num_experts"]
+    if not arguments["use_grouped_topk"] or (groups, arguments["topk_group"]) in ((1, 1), (0, 0)):
+        return ""
+    if arguments["e_score_correction_bias"] is None:
+        return "grouped top-k without a score correction bias"
+    if experts % groups or experts < 2 * groups:
+        return f"{experts} experts in {groups} groups"
+    return ""
 
 
 def _check_layer(name: str, runner: Any) -> None:
@@ -258,13 +271,14 @@ def _wrap_loader() -> None:
         model = load_model(self, vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         config = _config_of(vllm_config)
         if config is not None:
-            _check_loaded(model, vllm_config, _layers(config))
+            _finish(model, vllm_config, _layers(config))
         return model
 
     BaseModelLoader.load_model = load_with_cor
 
 
-def _check_loaded(model: torch.nn.Module, engine: "VllmConfig", layers: dict[int, LayerRouting]) -> None:
+def _finish(model: torch.nn.Module, engine: "VllmConfig", layers: dict[int, LayerRouting]) -> None:
+    """Check that every layer of the file is routed by us, and make each router ready to serve."""
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.models.utils import extract_layer_index
 
@@ -272,6 +286,7 @@ def _check_loaded(model: torch.nn.Module, engine: "VllmConfig", layers: dict[int
     for name, module in model.named_modules():
         if isinstance(module, MoERunner):
             _check_layer(name, module)
+            module.router.weights_loaded()
             found.add(extract_layer_index(name))
     first, end = engine.model_config.get_layers_start_end_indices(engine.parallel_config)
     missing = sorted({layer for layer in layers if first <= layer < end} - found)

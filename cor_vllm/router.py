@@ -1,11 +1,16 @@
 """vLLM's router interface ↔ the routing step; the only file that names vLLM's router types."""
 
+from typing import Any
+
 import torch
+from vllm import envs
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
 from cor_vllm.config import LayerRouting, Weights
-from cor_vllm.kernels.dispatch import cor_topk
+from cor_vllm.kernels.dispatch import WARM_UP_TOKENS, cor_topk
 from cor_vllm.kernels.reference import probabilities, select
 
 
@@ -15,25 +20,43 @@ class CorRouter(BaseRouter):
     It stands in front of the router that vLLM would have used (`stock`, built with this layer's k_l). Where
     the score is the model's own, the stock router decides: with k_l = top_k the server is then bit-identical
     to one without the plugin, on every platform.
+
+    Args:
+        stock: vLLM's own router for this layer.
+        layer: k_l, λ·CEI and the mode.
+        options: what vLLM made `stock` with, the arguments of its create_fused_moe_router.
+        logits_dtype: of the router logits that will come.
+        weights: what weighs the experts, the router's probability or the score.
+        seed: of mode `random`.
     """
 
     def __init__(
         self,
         stock: BaseRouter,
         layer: LayerRouting,
+        options: dict[str, Any],
         *,
-        renormalize: bool,
-        scale: float,
+        logits_dtype: torch.dtype,
         weights: Weights,
         seed: int,
     ) -> None:
         super().__init__(stock.top_k, stock.global_num_experts, stock.eplb_state)
         self.stock = stock
         self.layer = layer
-        self.renormalize = renormalize
-        self.scale = scale
+        self.logits_dtype = logits_dtype
         self.fused = weights == "fused"
         self.seed = seed
+        self.renormalize: bool = options["renormalize"] or self.fused
+        self.scoring_func: str = options["scoring_func"]
+        self.scale: float = options["routed_scaling_factor"]
+        self.correction_bias: torch.Tensor | None = options["e_score_correction_bias"]
+        grouped = options["use_grouped_topk"] and options["num_expert_group"] > 1
+        self.groups = {
+            "num_expert_group": options["num_expert_group"] if grouped else 1,
+            "topk_group": options["topk_group"] if grouped else 1,
+        }
+        # Where the stock router would mark padding rows; expert kernels skip them.
+        self.marks_padding = not isinstance(stock, CPURouter) and (options["skip_padding"] or not grouped)
         self.bias = layer.bias  # [N] float32; the plugin replaces it by the layer's buffer on the device
 
     @property
@@ -46,6 +69,26 @@ class CorRouter(BaseRouter):
         """vLLM 0.33 asks this before it considers a kernel that routes inside itself."""
         return False
 
+    def weights_loaded(self) -> None:
+        """Make ready to serve, once the model's own parameters have their values."""
+        if self.bias is None:
+            return
+        assert self.layer.bias is not None, "a router has a buffer where its layer has λ·CEI"
+        bias = self.layer.bias.to(self.bias.device)
+        # In place: CUDA graphs replay the address.
+        self.bias.copy_(bias if self.correction_bias is None else bias + self.correction_bias)
+        if self.bias.is_cuda:
+            self._compile_kernel()
+
+    def _compile_kernel(self) -> None:
+        """All variants that serving will need: later one would stall requests, or break a graph capture."""
+        assert self.bias is not None, "only a biased layer uses the kernel"
+        for tokens in WARM_UP_TOKENS:
+            logits = torch.zeros((tokens, len(self.bias)), dtype=self.logits_dtype, device=self.bias.device)
+            no_padding = torch.zeros(tokens, dtype=torch.bool, device=self.bias.device)
+            for is_padding in (no_padding, None):
+                self._route(logits, torch.int32, is_padding)
+
     def _compute_routing(
         self,
         hidden_states: torch.Tensor,
@@ -55,19 +98,35 @@ class CorRouter(BaseRouter):
         input_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Select this layer's experts: (topk_weights [T, k_l] float32, topk_ids [T, k_l])."""
-        if self.layer.random:
-            probs = probabilities(router_logits)
-            scores = random_scores(router_logits, self.seed + self.layer.layer_index)
-            return select(probs, scores, self.top_k, self.renormalize, self.scale)
-        if self.fused:
-            scores = probabilities(router_logits)
-            scores = scores if self.bias is None else scores + self.bias
-            return select(scores, scores, self.top_k, True, self.scale)
-        if self.bias is None:
+        if self.bias is None and not self.layer.random and not self.fused:
             return self.stock._compute_routing(
                 hidden_states, router_logits, indices_type, input_ids=input_ids
             )
-        return cor_topk(router_logits, self.bias, self.top_k, self.renormalize, scale=self.scale)
+        return self._route(router_logits, indices_type or torch.int32, self._padding(len(router_logits)))
+
+    def _route(
+        self, router_logits: torch.Tensor, indices_type: torch.dtype, is_padding: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        options: dict[str, Any] = {**self.groups, "is_padding": is_padding, "indices_type": indices_type}
+        if self.layer.random:
+            probs = probabilities(router_logits, self.scoring_func)
+            scores = random_scores(router_logits, self.seed + self.layer.layer_index)
+            return select(probs, scores, self.top_k, self.renormalize, self.scale, **options)
+        if self.fused:
+            scores = probabilities(router_logits, self.scoring_func)
+            bias = self.correction_bias if self.bias is None else self.bias
+            scores = scores if bias is None else scores + bias
+            return select(scores, scores, self.top_k, self.renormalize, self.scale, **options)
+        return cor_topk(
+            router_logits, self.bias, self.top_k, self.renormalize, self.scoring_func, self.scale, **options
+        )
+
+    def _padding(self, tokens: int) -> torch.Tensor | None:
+        """[tokens] bool, the rows that only fill up a CUDA graph; None where vLLM does not mark them."""
+        if not (self.marks_padding and envs.VLLM_MOE_SKIP_PADDING and is_forward_context_available()):
+            return None
+        is_padding = get_forward_context().is_padding
+        return None if is_padding is None else is_padding[:tokens]
 
 
 def random_scores(router_logits: torch.Tensor, seed: int) -> torch.Tensor:

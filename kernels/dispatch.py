@@ -8,6 +8,7 @@ import torch
 from cor_vllm.kernels import reference
 
 _LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WARM_UP_TOKENS = (1, 1024)  # a call of each size compiles what calls of any size need (cor_topk.py)
 
 
 def cor_topk(
@@ -18,6 +19,11 @@ def cor_topk(
     scoring_func: str = "softmax",
     scale: float = 1.0,
     backend: str | None = None,
+    *,
+    num_expert_group: int = 1,
+    topk_group: int = 1,
+    is_padding: torch.Tensor | None = None,
+    indices_type: torch.dtype = torch.int32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Counterfactual routing (paper Eq. 9): select by probability + bias, weigh by probability.
 
@@ -29,17 +35,35 @@ def cor_topk(
         scoring_func: "softmax" or "sigmoid".
         scale: factor on the weights.
         backend: "triton", "torch" or None, which takes Triton on a GPU and torch elsewhere.
+        num_expert_group: groups of N / num_expert_group ≥ 2 consecutive experts; 1: none.
+        topk_group: experts of that many groups, those whose two best scores have the highest sum, come
+            before all others.
+        is_padding: [T] bool on the same device, rows that get id −1 and weight 0; None: there are none.
+        indices_type: of the ids, torch.int32 or torch.int64.
 
     Returns:
-        topk_weights [T, top_k] float32, topk_ids [T, top_k] int32, both by descending score. The ids of a
-        row are distinct and in [0, N) for any bits in the input.
+        topk_weights [T, top_k] float32, topk_ids [T, top_k], both by descending score. The ids of a row
+        that is no padding are distinct and in [0, N) for any bits in the input.
 
     Raises:
         ValueError: a shape, dtype, device, stride or option that the routing step does not take.
     """
     _check(router_logits, bias, top_k, scoring_func)
+    _check_groups(router_logits.shape[1], num_expert_group, topk_group)
+    _check_rows(router_logits, is_padding, indices_type)
     route = _backend(backend, router_logits.device.type)
-    return route(router_logits, bias, top_k, renormalize, scoring_func, scale)
+    return route(
+        router_logits,
+        bias,
+        top_k,
+        renormalize,
+        scoring_func,
+        scale,
+        num_expert_group=num_expert_group,
+        topk_group=topk_group,
+        is_padding=is_padding,
+        indices_type=indices_type,
+    )
 
 
 def _check(logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, scoring_func: str) -> None:
@@ -63,6 +87,34 @@ def _check(logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, scoring_
         raise ValueError(
             f"bias: {list(bias.shape)} {bias.dtype} on {bias.device}, must be contiguous [{experts}] float32 "
             f"on {logits.device}"
+        )
+
+
+def _check_groups(experts: int, num_expert_group: int, topk_group: int) -> None:
+    if num_expert_group < 1 or not 1 <= topk_group <= num_expert_group:
+        raise ValueError(
+            f"topk_group: {topk_group} of num_expert_group {num_expert_group}, must be in "
+            "[1, num_expert_group]"
+        )
+    if num_expert_group > 1 and (experts % num_expert_group or experts < 2 * num_expert_group):
+        raise ValueError(
+            f"num_expert_group: {num_expert_group}, must split {experts} experts into equal groups of "
+            "at least 2"
+        )
+
+
+def _check_rows(logits: torch.Tensor, is_padding: torch.Tensor | None, indices_type: torch.dtype) -> None:
+    if indices_type not in (torch.int32, torch.int64):
+        raise ValueError(f"indices_type: {indices_type}, must be torch.int32 or torch.int64")
+    if is_padding is not None and (
+        is_padding.shape != logits.shape[:1]
+        or is_padding.dtype != torch.bool
+        or is_padding.device != logits.device
+        or not is_padding.is_contiguous()
+    ):
+        raise ValueError(
+            f"is_padding: {list(is_padding.shape)} {is_padding.dtype} on {is_padding.device}, must be "
+            f"contiguous [{len(logits)}] bool on {logits.device}"
         )
 
 

@@ -45,13 +45,17 @@ def cor_topk(
     """
     probs = probabilities(router_logits, scoring_func)
     scores = probs if bias is None else probs + bias
-    weights, ids = select(
-        probs, scores, top_k, renormalize, scale, num_expert_group=num_expert_group, topk_group=topk_group
+    return select(
+        probs,
+        scores,
+        top_k,
+        renormalize,
+        scale,
+        num_expert_group=num_expert_group,
+        topk_group=topk_group,
+        is_padding=is_padding,
+        indices_type=indices_type,
     )
-    if is_padding is not None:
-        weights = weights.masked_fill(is_padding[:, None], 0.0)
-        ids = ids.masked_fill(is_padding[:, None], -1)
-    return weights, ids.to(indices_type)
 
 
 def probabilities(router_logits: torch.Tensor, scoring_func: str = "softmax") -> torch.Tensor:
@@ -75,20 +79,28 @@ def select(
     *,
     num_expert_group: int = 1,
     topk_group: int = 1,
+    is_padding: torch.Tensor | None = None,
+    indices_type: torch.dtype = torch.int32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The top_k experts by `scores` [T, N], weighed by `probs` [T, N]; see `cor_topk`."""
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    order = _descending(scores)
     if topk_group < num_expert_group:
+        dropped = _dropped(scores, num_expert_group, topk_group)
+        order = _descending(scores.masked_fill(dropped, -torch.inf))
         # Experts of dropped groups come last rather than never, so that the ids are distinct for any top_k.
-        dropped = _dropped(scores, num_expert_group, topk_group).gather(1, order)
-        order = order.gather(1, dropped.int().sort(dim=-1, stable=True).indices)
+        order = order.gather(1, dropped.gather(1, order).int().sort(dim=-1, stable=True).indices)
+    else:
+        order = _descending(scores)
     ids = order[:, :top_k]
     weights = probs.gather(1, ids)
     if renormalize:
         # Where nothing selected has any weight the sum is 0, and so is what it divides.
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(SMALLEST)
-    return weights * scale, ids.to(torch.int32).contiguous()
+    weights, ids = weights * scale, ids.to(indices_type).contiguous()
+    if is_padding is not None:
+        weights = weights.masked_fill(is_padding[:, None], 0.0)
+        ids = ids.masked_fill(is_padding[:, None], -1)
+    return weights, ids
 
 
 def _descending(scores: torch.Tensor) -> torch.Tensor:

@@ -109,7 +109,8 @@ def reference_completions(
     for index, layer in enumerate(model.model.layers):
         router = getattr(layer.mlp, "gate", getattr(layer.mlp, "router", None))
         if router is not None:
-            _reroute(router, *routing[index], renormalize, scale, fused)
+            groups = getattr(config, "n_group", 1) or 1, getattr(config, "topk_group", 1) or 1
+            _reroute(router, *routing[index], renormalize, scale, fused, groups)
     answers = []
     for prompt, completion in zip(prompts, given, strict=True):
         with torch.no_grad():
@@ -122,13 +123,27 @@ def reference_completions(
 
 
 def _reroute(
-    router: Any, k: int, bias: torch.Tensor | None, renormalize: bool, scale: float, fused: bool
+    router: Any,
+    k: int,
+    bias: torch.Tensor | None,
+    renormalize: bool,
+    scale: float,
+    fused: bool,
+    groups: tuple[int, int],
 ) -> None:
     def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = functional.linear(hidden.reshape(-1, router.weight.shape[1]), router.weight)
         logits = logits + getattr(router, "bias", torch.zeros(()))
-        g = logits.softmax(-1)
-        score = g if bias is None else g + bias
+        own_bias = getattr(router, "e_score_correction_bias", None)
+        g = logits.softmax(-1) if own_bias is None else logits.sigmoid()
+        score = g if own_bias is None else g + own_bias
+        score = score if bias is None else score + bias
+        number, kept = groups
+        if number > kept:
+            by_group = score.view(len(score), number, -1)
+            best = by_group.topk(2).values.sum(-1).topk(kept).indices
+            allowed = torch.zeros(by_group.shape[:2], dtype=torch.bool).scatter_(1, best, True)
+            score = by_group.masked_fill(~allowed[:, :, None], -torch.inf).flatten(1)
         ids = torch.argsort(-score, dim=-1, stable=True)[:, :k]
         weights = (score if fused else g).gather(1, ids)
         if renormalize:

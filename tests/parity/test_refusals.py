@@ -180,9 +180,18 @@ def layer_arguments(monkeypatch, **change: object) -> None:
         ({"custom_routing_function": print}, "a custom routing function"),
         ({"hash_indices_table": torch.zeros(1)}, "hash routing"),
         ({"zero_expert_type": "identity"}, "zero experts"),
-        ({"scoring_func": "sigmoid"}, "sigmoid scoring"),
-        ({"e_score_correction_bias": torch.zeros(7)}, "a score correction bias"),
-        ({"use_grouped_topk": True, "num_expert_group": 7, "topk_group": 2}, "grouped top-k"),
+        ({"bias_vl": torch.zeros(7)}, "a vision routing bias"),
+        ({"scoring_func": "sqrtsoftplus"}, "sqrtsoftplus scoring"),
+        ({"use_grouped_topk": True, "num_expert_group": 7, "topk_group": 2}, "grouped top-k without"),
+        (
+            {
+                "use_grouped_topk": True,
+                "num_expert_group": 2,
+                "topk_group": 1,
+                "e_score_correction_bias": torch.zeros(7),
+            },
+            "7 experts in 2 groups",
+        ),
         ({"apply_router_weight_on_input": True}, "router weights on the input"),
     ],
 )
