@@ -60,11 +60,10 @@ def cor_topk(
 
 def probabilities(router_logits: torch.Tensor, scoring_func: str = "softmax") -> torch.Tensor:
     """Router probabilities g [T, N] float32 (Eq. 1); not finite counts as 0, as in vLLM's kernel."""
-    logits = router_logits.float()
     if scoring_func == "softmax":
-        probs = logits.softmax(dim=-1)
+        probs = router_logits.softmax(dim=-1, dtype=torch.float32)
     elif scoring_func == "sigmoid":
-        probs = logits.sigmoid()
+        probs = router_logits.float().sigmoid()
     else:
         raise ValueError(f"scoring_func {scoring_func!r}: must be 'softmax' or 'sigmoid'")
     return probs.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -83,7 +82,8 @@ def select(
     indices_type: torch.dtype = torch.int32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The top_k experts by `scores` [T, N], weighed by `probs` [T, N]; see `cor_topk`."""
-    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    if scores is not probs:  # which are finite
+        scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if topk_group < num_expert_group:
         dropped = _dropped(scores, num_expert_group, topk_group)
         order = _descending(scores.masked_fill(dropped, -torch.inf))
@@ -96,7 +96,9 @@ def select(
     if renormalize:
         # Where nothing selected has any weight the sum is 0, and so is what it divides.
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(SMALLEST)
-    weights, ids = weights * scale, ids.to(indices_type).contiguous()
+    if scale != 1.0:
+        weights = weights * scale
+    ids = ids.to(indices_type).contiguous()
     if is_padding is not None:
         weights = weights.masked_fill(is_padding[:, None], 0.0)
         ids = ids.masked_fill(is_padding[:, None], -1)
