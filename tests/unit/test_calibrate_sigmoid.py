@@ -120,3 +120,12 @@ def test_k_max_beyond_the_groups_kept_is_refused(checkpoint: Path, tmp_path: Pat
         calibrate(options(checkpoint, tmp_path / "s", k_max=9), QUIET)
     scores = calibrate(options(checkpoint, tmp_path / "s", k_max=8, heldout_tokens=0), QUIET)
     assert scores.config.budget.k_max == 8
+
+
+@pytest.mark.parametrize("algorithm", ["sweep", "plain"])
+def test_more_experts_than_the_groups_kept_hold_are_not_measured(tmp_path: Path, algorithm: str) -> None:
+    folder = tiny_models.build("deepseek_v3", tmp_path / "m", num_experts_per_tok=ELIGIBLE)
+    values = {"intensity": "marginal", "heldout_tokens": 0, "algorithm": algorithm}
+    scores = calibrate(options(folder, tmp_path / "s", **values), QUIET)
+    marginal = (scores.config.calibration.model_extra or {})["marginal"]
+    assert all(layer["more"] is None and layer["fewer"] is not None for layer in marginal)
