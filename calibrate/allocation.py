@@ -12,27 +12,32 @@ Estimate = tuple[float, float]
 """Mean and standard error, nats."""
 
 
-def bounds(options: CalibrationOptions, num_experts: int, top_k: int) -> tuple[int, int]:
-    """(k_min, k_max): the options, or max(1, top_k // 2) and min(N, 2·top_k); `paper`: 1 and N.
+def bounds(options: CalibrationOptions, eligible: int, top_k: int) -> tuple[int, int]:
+    """(k_min, k_max): the options, or max(1, top_k // 2) and min(eligible, 2·top_k); `paper`: 1 and eligible.
+
+    Args:
+        options: rule and bounds.
+        eligible: the most experts that one token can have: N, or what the groups that a router keeps hold.
+        top_k: the model's own experts per token.
 
     Raises:
-        CalibrationError: the model's own top_k or its N experts do not fit the bounds asked for.
+        CalibrationError: the model's own top_k or the eligible experts do not fit the bounds asked for.
     """
     if options.budget == "paper":
-        return 1, num_experts
+        return 1, eligible
     k_min = options.k_min or max(1, top_k // 2)
-    k_max = options.k_max or min(num_experts, 2 * top_k)
-    if not k_min <= top_k <= k_max <= num_experts:
+    k_max = options.k_max or min(eligible, 2 * top_k)
+    if not k_min <= top_k <= k_max <= eligible:
         raise CalibrationError(
             f"--k-min {k_min} and --k-max {k_max} must hold the model's own {top_k} experts per token "
-            f"between them and not exceed its {num_experts} experts"
+            f"between them and not exceed the {eligible} experts that its router lets a token choose among"
         )
     return k_min, k_max
 
 
 def budget(
     options: CalibrationOptions,
-    num_experts: int,
+    eligible: int,
     top_k: int,
     intensity: Sequence[float],
     marginal: Sequence[tuple[Estimate | None, Estimate | None]] = (),
@@ -41,16 +46,16 @@ def budget(
 
     Args:
         options: rule, intensity, bounds.
-        num_experts, top_k: N and the model's own experts per token.
+        eligible, top_k: the most experts that a token can have, and the model's own.
         intensity: R_l or S_l(hard) by layer; unused under `--intensity marginal`.
         marginal: per layer the loss change with one expert fewer and with one more (see `move_units`).
     """
-    k_min, k_max = bounds(options, num_experts, top_k)
+    k_min, k_max = bounds(options, eligible, top_k)
     total = top_k * len(intensity)
     if options.intensity == "marginal":
         k = move_units(marginal, top_k, k_min, k_max)
     elif options.budget == "paper":
-        k = allocate_paper(intensity, total, num_experts)
+        k = allocate_paper(intensity, total, eligible)
     else:
         k = allocate(intensity, total, k_min, k_max)
     return k, BudgetInfo(rule=options.budget, k_min=k_min, k_max=k_max, total=total, sum=sum(k))

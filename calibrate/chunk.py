@@ -32,7 +32,7 @@ class Chunk:
         parts = {
             "ablation": [place for place in self.hard for _ in range(model.top_k)],
             "fewer": self.hard if other_k and other_k[0] >= 1 else [],
-            "more": self.hard if other_k and other_k[1] <= model.num_experts else [],
+            "more": self.hard if other_k and other_k[1] <= model.eligible_experts else [],
             "scaled": self.hard + self.easy if per_token else [],
         }
         self.parts: dict[str, slice] = {}

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from cor_vllm.calibrate.layers import enter, run
-from cor_vllm.calibrate.moe_model import MoeModel, Rule
+from cor_vllm.calibrate.moe_model import MoeModel
 from cor_vllm.calibrate.offload import held
+from cor_vllm.calibrate.router import Rule
 
 
 def batch_losses(

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from cor_vllm.calibrate.forward import batch_losses
-from cor_vllm.calibrate.moe_model import MoeModel, Rule
+from cor_vllm.calibrate.moe_model import MoeModel
 from cor_vllm.calibrate.plain import cut, pad, sequence_batches
+from cor_vllm.calibrate.router import Router, Rule
 from cor_vllm.calibrate.statistics import mean_and_sem
-from cor_vllm.kernels.reference import probabilities, select
 from cor_vllm.metadata import HeldoutInfo, LossStat, Mode, ModeLoss
 from cor_vllm.scores import SWAP_RATE_LAMBDAS
 
@@ -35,21 +35,22 @@ def rules(model: MoeModel, tables: Tables, mode: Mode, lam: float, seed: int) ->
     """
 
     def rule(layer: int) -> Rule:
-        top_k = tables.k[layer] if mode in ("full", "layer", "random") else model.top_k
+        router = model.routers[layer]
+        top_k = tables.k[layer] if mode in ("full", "layer", "random") else router.top_k
         if mode == "random":
             generator = torch.Generator().manual_seed(seed + layer)
-            return lambda logits: _random(model, logits, top_k, generator)
+            return lambda logits: _random(router, logits, top_k, generator)
         bias = lam * tables.cei[layer].to(model.device) if mode in ("full", "expert") else None
-        return lambda logits: model.route(logits, bias, top_k)
+        return lambda logits: router.route(logits, bias, top_k)
 
     return {layer: rule(layer) for layer in range(model.num_layers)}
 
 
 def _random(
-    model: MoeModel, router_logits: torch.Tensor, top_k: int, generator: torch.Generator
+    router: Router, router_logits: torch.Tensor, top_k: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     scores = torch.rand(router_logits.shape, generator=generator).to(router_logits.device)
-    return select(probabilities(router_logits), scores, top_k, model.renormalize, model.scale)
+    return router.select(router.probabilities(router_logits), scores, top_k)
 
 
 def position_losses(

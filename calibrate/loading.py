@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from cor_vllm.calibrate.config import CalibrationError
-from cor_vllm.calibrate.moe_model import MoeModel, check_family
+from cor_vllm.calibrate.families import check_family
+from cor_vllm.calibrate.moe_model import MoeModel
 from cor_vllm.calibrate.offload import Room, align, free_bytes, placement, weight_bytes
 
 NO_ROOM = Room()

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
+from cor_vllm.calibrate.families import num_experts
 from cor_vllm.calibrate.moe_model import MoeModel
 
 
@@ -69,7 +70,7 @@ def bytes_per_row(config: Any, longest: int, itemsize: int) -> int:
     wide = max(getattr(config, name, None) or 0 for name in widths)
     attention = 4 * 4 * heads * (longest + 2) + 5 * heads * head * itemsize
     latent = (getattr(config, "kv_lora_rank", None) or 0) + (getattr(config, "q_lora_rank", None) or 0)
-    experts = 3 * 8 * top_k * (config.num_experts + 1) + 4 * wide * top_k * itemsize
+    experts = 3 * 8 * top_k * (num_experts(config) + 1) + 4 * wide * top_k * itemsize
     return attention + experts + (hidden + latent) * (8 * itemsize + 4 * 4)
 
 

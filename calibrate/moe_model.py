@@ -7,7 +7,6 @@ therefore the one mechanism behind every routing intervention, for every support
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,58 +14,11 @@ from torch import nn
 from torch.nn import functional
 
 from cor_vllm.calibrate.config import CalibrationError
+from cor_vllm.calibrate.families import Family, check_family, eligible_experts, num_experts
 from cor_vllm.calibrate.offload import execution_device, is_offloaded
-from cor_vllm.kernels.reference import cor_topk
-
-Rule = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""router_logits [T, N] → (weights [T, K] float32, ids [T, K] integer); K is the rule's own."""
+from cor_vllm.calibrate.router import Router, Rule
 
 LOSS_ROWS = 1024  # rows of vocabulary logits that exist at one time: 0.6 GB at 150,000 words in float32
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one transformers architecture routes."""
-
-    router: str  # attribute of the MoE block
-    renormalize: Callable[[Any], bool]  # config → does the model divide the weights by their sum
-    scale: Callable[[Any], float] = lambda config: 1.0  # config → what multiplies the weights
-
-
-FAMILIES = {
-    "qwen3_moe": Family("gate", lambda config: bool(config.norm_topk_prob)),
-    "qwen2_moe": Family("gate", lambda config: bool(config.norm_topk_prob)),
-    "olmoe": Family("gate", lambda config: bool(config.norm_topk_prob)),
-    "mixtral": Family("gate", lambda config: True),
-    "deepseek_v2": Family("gate", lambda config: False, lambda config: float(config.routed_scaling_factor)),
-    "gpt_oss": Family("router", lambda config: True),
-}
-
-
-def check_family(config: Any) -> Family:
-    """The table entry of a model's configuration.
-
-    Raises:
-        CalibrationError: the family, or its routing method, is not supported; the message names it.
-    """
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        name = (config.architectures or ["?"])[0]
-        raise CalibrationError(
-            f"{name} (model_type {config.model_type!r}) is not supported; the calibrator knows "
-            f"{', '.join(FAMILIES)}"
-        )
-    if getattr(config, "topk_method", "greedy") != "greedy" and (config.n_group or 1) > 1:
-        raise CalibrationError(
-            f"{config.model_type}: topk_method {config.topk_method!r} with n_group {config.n_group} chooses "
-            "among groups of experts, which the calibrator does not cover; use a model with greedy routing"
-        )
-    if config.model_type == "deepseek_v2" and config.norm_topk_prob:
-        raise CalibrationError(
-            "deepseek_v2: norm_topk_prob is set, which transformers ignores and vLLM does not: the model "
-            "measured would not be the model served"
-        )
-    return family
 
 
 class MoeModel:
@@ -85,19 +37,19 @@ class MoeModel:
         self.model = model.eval()
         self.config = config
         self._decoder_layers: list[nn.Module] = []
-        self._routers: list[nn.Module] = []
+        self._router_modules: list[nn.Module] = []
         self.layer_index: list[int] = []  # decoder layer number of each MoE layer
         for index, layer in enumerate(model.model.layers):
             if hasattr(layer.mlp, family.router) and hasattr(layer.mlp, "experts"):
                 self._decoder_layers.append(layer)
-                self._routers.append(getattr(layer.mlp, family.router))
+                self._router_modules.append(getattr(layer.mlp, family.router))
                 self.layer_index.append(index)
-        if not self._routers:
+        if not self._router_modules:
             raise CalibrationError(f"{config.architectures[0]}: this model has no MoE layer to calibrate")
-        self.num_experts: int = config.num_experts
+        self.num_experts = num_experts(config)
+        self.eligible_experts = eligible_experts(config)
         self.top_k: int = config.num_experts_per_tok
-        self.renormalize = family.renormalize(config)
-        self.scale = family.scale(config)
+        self.routers = [_rule(family, config, module) for module in self._router_modules]
         if self.num_experts < 2:
             raise CalibrationError(
                 "a single routed expert leaves nothing to choose; no calibration is needed"
@@ -106,7 +58,7 @@ class MoeModel:
     @property
     def num_layers(self) -> int:
         """M, the number of MoE layers."""
-        return len(self._routers)
+        return len(self._router_modules)
 
     @property
     def decoder_layers(self) -> list[nn.Module]:
@@ -122,16 +74,6 @@ class MoeModel:
     def offloaded(self) -> bool:
         """Whether weights wait in host memory or on disk until they are called."""
         return is_offloaded(self.model)
-
-    def route(
-        self, router_logits: torch.Tensor, bias: torch.Tensor | None = None, top_k: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The model's own rule with `bias` [N] added to the probabilities, and `top_k` experts (Eq. 9).
-
-        Returns:
-            (weights [T, K] float32, ids [T, K] int32), by descending score.
-        """
-        return cor_topk(router_logits, bias, top_k or self.top_k, self.renormalize, scale=self.scale)
 
     @torch.inference_mode()
     def losses(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -172,20 +114,20 @@ class MoeModel:
         """
         with ExitStack() as stack:
             for layer, rule in rules.items():
-                hook = self._routers[layer].register_forward_hook(_replace_routing(rule, rows))
+                hook = self._router_modules[layer].register_forward_hook(_replace_routing(rule, rows))
                 stack.callback(hook.remove)
             yield
 
     @contextmanager
     def record_router_logits(self) -> Iterator[list[list[torch.Tensor]]]:
         """Collect the router logits of every forward: one list per MoE layer, float32 [B·S, N] on the CPU."""
-        records: list[list[torch.Tensor]] = [[] for _ in self._routers]
+        records: list[list[torch.Tensor]] = [[] for _ in self._router_modules]
 
         def recorder(record: list[torch.Tensor]) -> Callable[..., None]:
             return lambda module, args, output: record.append(output[0].float().cpu())
 
         with ExitStack() as stack:
-            for router, record in zip(self._routers, records, strict=True):
+            for router, record in zip(self._router_modules, records, strict=True):
                 stack.callback(router.register_forward_hook(recorder(record)).remove)
             yield records
 
@@ -210,6 +152,19 @@ class MoeModel:
             yield
         finally:
             hook.remove()
+
+
+def _rule(family: Family, config: Any, module: nn.Module) -> Router:
+    """The rule that a router module follows; its correction bias is a buffer, so it is never offloaded."""
+    correction_bias = getattr(module, "e_score_correction_bias", torch.zeros(num_experts(config)))
+    return Router(
+        config.num_experts_per_tok,
+        family.renormalize(config),
+        family.scale(config),
+        family.scoring_func,
+        *family.groups(config),
+        correction_bias.float(),
+    )
 
 
 def _replace_routing(rule: Rule, rows: torch.Tensor | None) -> Callable[..., tuple[torch.Tensor, ...]]:

@@ -15,6 +15,7 @@ from cor_vllm import __version__
 from cor_vllm import scores as scores_file
 from cor_vllm.calibrate.allocation import bounds
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
+from cor_vllm.calibrate.families import eligible_experts, num_experts
 from cor_vllm.calibrate.inputs import Inputs, read_inputs
 from cor_vllm.calibrate.loading import load_model, model_folder, read_config
 from cor_vllm.calibrate.memory import waiting_bytes
@@ -60,7 +61,7 @@ def calibrate(options: CalibrationOptions, console: Console) -> Scores:
         name=options.model if revision else folder.resolve().name,
         revision=revision,
         architecture=config.architectures[0],
-        num_experts=config.num_experts,
+        num_experts=num_experts(config),
         top_k=config.num_experts_per_tok,
         num_hidden_layers=config.num_hidden_layers,
         fingerprint=read_routers(folder).fingerprint,
@@ -159,7 +160,7 @@ def _check_output(output: Path) -> None:
 
 
 def _check_config(options: CalibrationOptions, config: Any) -> None:
-    bounds(options, config.num_experts, config.num_experts_per_tok)
+    bounds(options, eligible_experts(config), config.num_experts_per_tok)
     if options.seq_len > config.max_position_embeddings:
         raise CalibrationError(
             f"--seq-len {options.seq_len}: this model reads at most {config.max_position_embeddings} tokens"

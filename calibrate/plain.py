@@ -15,10 +15,9 @@ import torch
 from cor_vllm.calibrate.config import CalibrationOptions
 from cor_vllm.calibrate.forward import batch_losses
 from cor_vllm.calibrate.measure import Baseline, LayerMeasurement
-from cor_vllm.calibrate.moe_model import MoeModel, Rule
+from cor_vllm.calibrate.moe_model import MoeModel
 from cor_vllm.calibrate.prefix import Prefix
 from cor_vllm.calibrate.stratify import Strata, locate
-from cor_vllm.kernels.reference import probabilities, select
 
 TOKENS_PER_FORWARD = 4096
 
@@ -91,6 +90,12 @@ def cut(values: Sequence[torch.Tensor], sequences: Sequence[Sequence[int]]) -> t
     return torch.cat([row[: len(ids) - 1] for row, ids in zip(rows, sequences, strict=True)])
 
 
+def active_experts(model: MoeModel, base: Baseline, strata: Strata) -> list[torch.Tensor]:
+    """A(t) of every hard position: per MoE layer [H, top_k] int64, by descending score."""
+    logits = [router_logits[strata.hard] for router_logits in base.router_logits]
+    return [router.route(rows)[1].long() for router, rows in zip(model.routers, logits, strict=True)]
+
+
 class PlainAlgorithm:
     """Measures one layer at a time; one step is one MoE layer.
 
@@ -122,9 +127,7 @@ class PlainAlgorithm:
         self._hard_mask, self._easy_mask = strata.hard, strata.easy
         self._hard = locate(strata.hard, sequences)
         self._easy = locate(strata.easy, sequences)
-        self._active = [
-            model.route(router_logits[strata.hard])[1].long() for router_logits in base.router_logits
-        ]  # per layer [H, top_k]
+        self._active = active_experts(model, base, strata)
         self._prefix = Prefix(model, sequences)
         self._done: list[LayerMeasurement] = []
 
@@ -231,7 +234,7 @@ class PlainAlgorithm:
         """Δℓ of each hard position without each of its active experts: [H, top_k]."""
 
         def take_away(where: torch.Tensor, experts: torch.Tensor) -> AbstractContextManager[None]:
-            rule = without(self._model, experts.flatten(), self._options.ablation)
+            rule = self._model.routers[layer].without(experts.flatten(), self._options.ablation)
             return self._model.routing({layer: rule}, where)
 
         rows = self._ablation_rows(layer)
@@ -249,40 +252,13 @@ class PlainAlgorithm:
         if self._options.intensity != "marginal":
             return []
         model = self._model
-        return [k for k in (model.top_k - 1, model.top_k + 1) if 1 <= k <= model.num_experts]
+        return [k for k in (model.top_k - 1, model.top_k + 1) if 1 <= k <= model.eligible_experts]
 
     def _at_hard(self, layer: int, top_k: int) -> torch.Tensor:
         """Δℓ of each hard position with `top_k` experts at this layer: [H]."""
 
         def with_k(where: torch.Tensor, experts: torch.Tensor) -> AbstractContextManager[None]:
-            return self._model.routing({layer: lambda logits: self._model.route(logits, top_k=top_k)}, where)
+            router = self._model.routers[layer]
+            return self._model.routing({layer: lambda logits: router.route(logits, top_k=top_k)}, where)
 
         return torch.cat(self._run([Row(s, t) for s, t in self._hard], with_k))
-
-
-def without(model: MoeModel, experts: torch.Tensor, ablation: str) -> Rule:
-    """Routing with one expert per token taken away (Eq. 5).
-
-    g̃ is g with e set to 0 and the rest divided by 1 − g_e, which is the softmax over the other experts;
-    taking it from the logits keeps it exact where g_e is close to 1.
-
-    Args:
-        model: whose top_k, renormalisation and scale apply.
-        experts: [T] integer, the expert that token loses.
-        ablation: `backfill`: top-k and weights of g̃, so the next-best expert moves up. `drop`: the active
-            experts stay, e with weight 0 and the others with g̃ (renormalised where the model does); where e
-            was not active nothing changes. With a single active expert the token gets no routed expert.
-    """
-
-    def rule(router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        taken = experts.to(router_logits.device)[:, None]
-        probs = probabilities(router_logits)
-        reduced = probabilities(router_logits.float().scatter(1, taken, -torch.inf))
-        if ablation == "backfill":
-            return select(reduced, reduced, model.top_k, model.renormalize, model.scale)
-        affected = (select(probs, probs, model.top_k, False)[1] == taken).any(dim=1, keepdim=True)
-        return select(
-            torch.where(affected, reduced, probs), probs, model.top_k, model.renormalize, model.scale
-        )
-
-    return rule

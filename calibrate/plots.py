@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from cor_vllm.calibrate.config import CalibrationError
-from cor_vllm.calibrate.show import DORMANT_CEI, dormant
+from cor_vllm.calibrate.show import DORMANT_CEI, dormant, even_share
 from cor_vllm.scores import Scores
 
 PANELS = 4  # layers in the CEI figure where none are chosen
@@ -112,7 +112,7 @@ def _cei_panel(panel: Any, scores: Scores, m: int) -> None:
     prob, cei, raw = scores.router_prob[m].clamp(min=1e-6), scores.cei[m], scores.cei_raw[m]
     left = prob.min().item() / 1.5
     seen = scores.cei_count[m] > 0
-    share = 1 / scores.num_experts
+    share = even_share(scores)[m].item()
     panel.fill_between([left, share], DORMANT_CEI, 1.05, color=ORANGE, alpha=0.12, linewidth=0,
                        label="dormant zone")  # fmt: skip
     for chosen, marker, color, label in (

@@ -14,6 +14,7 @@ from cor_vllm.calibrate.heldout import Alternative, Tables, check, compare, tune
 from cor_vllm.calibrate.inputs import Inputs
 from cor_vllm.calibrate.measure import Baseline, LayerMeasurement
 from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.calibrate.router import Router
 from cor_vllm.calibrate.stratify import Strata
 from cor_vllm.metadata import CalibrationInfo, HeldoutInfo, Mode, ModelInfo, ScoresConfig, ServingInfo
 from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
@@ -49,7 +50,7 @@ def assemble(
     ])  # fmt: skip
     marginal = [(_estimate(m.fewer), _estimate(m.more)) for m in measured]
     intensity = [mean for mean, _ in hard] if options.intensity == "hard" else rki
-    k, budget_info = budget(options, model.num_experts, model.top_k, intensity, marginal)
+    k, budget_info = budget(options, model.eligible_experts, model.top_k, intensity, marginal)
     tables = Tables(k, cei)
     heldout, serving = _judge(model, options, inputs, tables)
     if heldout:
@@ -67,10 +68,12 @@ def assemble(
         sensitivity_hard=torch.tensor([mean for mean, _ in hard]),
         sensitivity_easy=torch.tensor([mean for mean, _ in easy]),
         router_prob=torch.stack([
-            logits[strata.hard].softmax(-1).double().mean(0).float() for logits in base.router_logits
+            router.probabilities(logits[strata.hard]).double().mean(0).float()
+            for router, logits in zip(model.routers, base.router_logits, strict=True)
         ]),
         swap_rate=torch.stack([
-            swap_rates(model, logits, row) for logits, row in zip(base.router_logits, cei, strict=True)
+            swap_rates(router, logits, row)
+            for router, logits, row in zip(model.routers, base.router_logits, cei, strict=True)
         ]),
         config=ScoresConfig(
             model=info,
@@ -127,7 +130,7 @@ def _alternatives(
         for intensity, values in (("ratio", rki), ("hard", hard)):
             if intensity != options.intensity:
                 other = options.model_copy(update={"intensity": intensity})
-                k, _ = budget(other, model.num_experts, model.top_k, values)
+                k, _ = budget(other, model.eligible_experts, model.top_k, values)
                 found.append(Alternative(f"--intensity {intensity}", mode, lam, Tables(k, tables.cei)))
     return found
 
@@ -169,16 +172,16 @@ def _estimate(changes: torch.Tensor | None) -> tuple[float, float] | None:
     return None if changes is None else statistics.mean_and_sem(changes)
 
 
-def swap_rates(model: MoeModel, router_logits: torch.Tensor, cei: torch.Tensor) -> torch.Tensor:
+def swap_rates(router: Router, router_logits: torch.Tensor, cei: torch.Tensor) -> torch.Tensor:
     """Share of the top_k slots of [P, N] router logits that λ·CEI fills otherwise than stock routing: [5]."""
 
     def chosen(bias: torch.Tensor | None) -> torch.Tensor:
-        ids = model.route(router_logits, bias)[1].long()
+        ids = router.route(router_logits, bias)[1].long()
         return torch.zeros_like(router_logits, dtype=torch.bool).scatter(1, ids, True)
 
     stock = chosen(None)
     shares = [(stock & ~chosen(lam * cei)).sum(1).double().mean() for lam in SWAP_RATE_LAMBDAS]
-    return (torch.stack(shares) / model.top_k).float()
+    return (torch.stack(shares) / router.top_k).float()
 
 
 def _judge(

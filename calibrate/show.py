@@ -19,11 +19,16 @@ RELIABLE = 0.8  # wanted of CEI: the correlation of its values with those of as 
 def dormant(scores: Scores) -> torch.Tensor:
     """Experts that the router rarely chooses although taking them away hurts: [M, N] bool.
 
-    Mean router probability below an even share (1/N), normalised CEI of at least DORMANT_CEI, and a positive
-    raw CEI.
+    Mean router probability below an even share, normalised CEI of at least DORMANT_CEI, and a positive raw
+    CEI.
     """
-    rare = scores.router_prob < 1 / scores.num_experts
+    rare = scores.router_prob.double() < even_share(scores)
     return rare & (scores.cei >= DORMANT_CEI) & (scores.cei_raw > 0)
+
+
+def even_share(scores: Scores) -> torch.Tensor:
+    """[M, 1] float64, the mean of a layer's router probabilities: 1/N of a softmax, which sum to 1."""
+    return scores.router_prob.double().mean(dim=1, keepdim=True)
 
 
 def warnings(scores: Scores) -> list[str]:

@@ -26,7 +26,7 @@ from cor_vllm.calibrate.measure import Baseline, LayerMeasurement
 from cor_vllm.calibrate.memory import check_host_memory, head_rows, layer_rows
 from cor_vllm.calibrate.moe_model import MoeModel
 from cor_vllm.calibrate.offload import held
-from cor_vllm.calibrate.plain import Advance, without
+from cor_vllm.calibrate.plain import Advance, active_experts
 from cor_vllm.calibrate.stratify import Strata, locate
 
 CHECKED = 16  # positions of each chunk and layer on which a variant's path is compared with the sequence's
@@ -50,7 +50,7 @@ class Sweep:
     ) -> None:
         self._model, self._options, self._advance = model, options, advance
         self._strata, self._base = strata, base
-        self._active = [model.route(logits[strata.hard])[1].long() for logits in base.router_logits]
+        self._active = active_experts(model, base, strata)
         self._moe_number = {index: m for m, index in enumerate(model.layer_index)}
         hard, easy = locate(strata.hard, sequences), locate(strata.easy, sequences)
         check_rotary(model.config)
@@ -191,15 +191,15 @@ class Sweep:
         Args:
             own: [R] number of each row within the part; meaningful where `where` [R] bool is.
         """
-        model = self._model
         if name == "scaled":
             return self._scaled(moe, where[None])
+        router = self._model.routers[moe]
         if name == "ablation":
             active = self._active[moe][self._hard_rows(chunk)].flatten()
             experts = torch.where(where, active[own.clamp(0, len(active) - 1)], 0)
-            return model.routing({moe: without(model, experts, self._options.ablation)}, where[None])
-        top_k = model.top_k + (1 if name == "more" else -1)
-        return model.routing({moe: lambda logits: model.route(logits, top_k=top_k)}, where[None])
+            return self._model.routing({moe: router.without(experts, self._options.ablation)}, where[None])
+        top_k = router.top_k + (1 if name == "more" else -1)
+        return self._model.routing({moe: lambda logits: router.route(logits, top_k=top_k)}, where[None])
 
     def _scaled(self, moe: int, where: torch.Tensor) -> Any:
         whole_layer = self._options.perturb_target == "layer"

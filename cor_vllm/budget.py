@@ -81,16 +81,16 @@ def _fill_zero_layers(quotas: list[Fraction], weights: list[Fraction], total: in
     return [q + extra if z else q for q, z in zip(quotas, zero, strict=True)]
 
 
-def allocate_paper(intensity: Sequence[float], total: int, num_experts: int) -> list[int]:
+def allocate_paper(intensity: Sequence[float], total: int, k_max: int) -> list[int]:
     """The paper's literal Eq. 8: k_l = max(1, round(total · R_l / Σ R)), whose sum can miss `total`.
 
     Args:
         intensity: R_l of each MoE layer; negative ones count as 0.
         total: the budget that the sum is meant to meet.
-        num_experts: no layer can have more experts than it owns.
+        k_max: the most experts that a token can have, all of a layer's or those of the groups it keeps.
 
     Returns:
-        k_l in [1, num_experts]; uniform where no intensity is positive.
+        k_l in [1, k_max]; uniform where no intensity is positive.
     """
     if not all(isfinite(r) for r in intensity):
         raise ValueError(f"intensity must be finite, got {list(intensity)}")
@@ -98,4 +98,4 @@ def allocate_paper(intensity: Sequence[float], total: int, num_experts: int) -> 
     scale = sum(weights)
     if scale == 0:
         weights, scale = [Fraction(1)] * len(weights), Fraction(len(weights))
-    return [min(max(1, round(total * w / scale)), num_experts) for w in weights]
+    return [min(max(1, round(total * w / scale)), k_max) for w in weights]

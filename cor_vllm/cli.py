@@ -172,7 +172,12 @@ def _add_budget_options(parser: argparse.ArgumentParser) -> None:
         "by itself, unbounded, and the sum can miss (default: exact)",
     )
     add("--k-min", type=int, metavar="K", help="least experts of a layer (default: top_k // 2, at least 1)")
-    add("--k-max", type=int, metavar="K", help="most experts of a layer (default: 2 × top_k, at most all)")
+    add(
+        "--k-max",
+        type=int,
+        metavar="K",
+        help="most experts of a layer (default: 2 × top_k, at most all that a token can choose among)",
+    )
     add(
         "--tune",
         action="store_true",

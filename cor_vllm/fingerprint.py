@@ -2,15 +2,19 @@
 
 import dataclasses
 import hashlib
+import json
 import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-# Router tensors by their names in the published checkpoints: Qwen, OLMoE and DeepSeek (mlp.gate), Mixtral
+# Router tensors by their names in the published checkpoints: Qwen, OLMoE, DeepSeek, GLM (mlp.gate), Mixtral
 # (block_sparse_moe.gate), GPT-OSS (mlp.router). A dense layer's mlp.gate_proj does not match.
-_ROUTER = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|router)\.(weight|bias)$")
+_TENSORS = ("weight", "bias", "e_score_correction_bias")  # in the order in which a layer's are hashed
+_ROUTER = re.compile(
+    rf"(?:^|\.)layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|router)\.({'|'.join(_TENSORS)})$"
+)
 
 
 class FingerprintError(ValueError):
@@ -28,15 +32,19 @@ class Routers:
 def read_routers(folder: Path) -> Routers:
     """Find and hash the router weights of all MoE layers, as stored in the checkpoint, in layer order.
 
+    Correction biases, which decide the choice of experts too, are hashed with them. Layers beyond the model's
+    own, which predict further tokens (DeepSeek-V3, GLM-4-MoE), are left out.
+
     Args:
-        folder: a local model folder with one or more `*.safetensors` files.
+        folder: a local model folder with config.json and one or more `*.safetensors` files.
 
     Raises:
-        FingerprintError: no readable safetensors file, or no router tensor in any of them.
+        FingerprintError: no readable config.json or safetensors file, or no router tensor in any of them.
 
     Source: contract.md, "fingerprint".
     """
-    routers: dict[tuple[int, bool], tuple[Path, str]] = {}
+    routers: dict[tuple[int, int], tuple[Path, str]] = {}
+    num_hidden_layers = _num_hidden_layers(folder / "config.json")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FingerprintError(
@@ -49,12 +57,24 @@ def read_routers(folder: Path) -> Routers:
         except (SafetensorError, OSError) as error:
             raise FingerprintError(f"{file}: not a readable safetensors file ({error})") from None
         for name in names:
-            if match := _ROUTER.search(name):
-                routers[int(match[1]), match[2] == "bias"] = (file, name)
+            match = _ROUTER.search(name)
+            if match and int(match[1]) < num_hidden_layers:
+                routers[int(match[1]), _TENSORS.index(match[2])] = (file, name)
     if not routers:
         raise FingerprintError(f"{folder}: no router weights found; is this a mixture-of-experts model?")
     layers = tuple(sorted({layer for layer, _ in routers}))
     return Routers(layers, _hash([routers[key] for key in sorted(routers)]))
+
+
+def _num_hidden_layers(file: Path) -> int:
+    try:
+        config = json.loads(file.read_text())
+        found: int = (config.get("text_config") or config)["num_hidden_layers"]
+    except (OSError, ValueError, KeyError) as error:
+        raise FingerprintError(
+            f"{file}: says no num_hidden_layers ({type(error).__name__}: {error}); download the model again"
+        ) from None
+    return found
 
 
 def _hash(routers: list[tuple[Path, str]]) -> str:

@@ -8,6 +8,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     MixtralConfig,
@@ -35,7 +39,13 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 258,
 }
 
-# Expert counts that are no powers of two, both ways of weighing, dense layers, shared experts, scaling.
+# Multi-head latent attention of the sizes that vLLM's CPU kernel takes.
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 2, "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64, "v_head_dim": 32,
+}  # fmt: skip
+# Expert counts that are no powers of two, softmax and sigmoid, groups, both ways of weighing, dense layers,
+# shared experts, scaling.
 _FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {
         "head_dim": 32, "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
@@ -53,12 +63,22 @@ _FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 32,
     }),
     "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM, {
-        "num_key_value_heads": 2, "n_routed_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 64,
+        **_LATENT, "n_routed_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 64,
         "moe_intermediate_size": 32, "n_shared_experts": 2, "first_k_dense_replace": 1,
-        "routed_scaling_factor": 1.5, "topk_method": "greedy",
-         "n_group": 1, "topk_group": 1, "norm_topk_prob": False,
-        "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64,
-        "v_head_dim": 32,
+        "routed_scaling_factor": 1.5, "topk_method": "greedy", "n_group": 1, "topk_group": 1,
+        "norm_topk_prob": False,
+    }),
+    "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM, {
+        **_LATENT, "n_routed_experts": 16, "num_experts_per_tok": 3, "intermediate_size": 64,
+        "moe_intermediate_size": 32, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "n_group": 4,
+        "topk_group": 2, "norm_topk_prob": True,
+    }),
+    "glm4_moe": (Glm4MoeConfig, Glm4MoeForCausalLM, {
+        "head_dim": 32, "n_routed_experts": 7, "num_experts_per_tok": 3, "intermediate_size": 64,
+        "moe_intermediate_size": 32, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+        "use_qk_norm": True, "attention_bias": True,
     }),
     "gpt_oss": (GptOssConfig, GptOssForCausalLM, {
         "head_dim": 32, "num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 64,
@@ -117,6 +137,9 @@ def _randomise(model: torch.nn.Module) -> None:
             else:
                 std = parameter.shape[-1] ** -0.5
             parameter.normal_(0.0, std, generator=generator)
+        for name, buffer in sorted(model.named_buffers()):
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.2, generator=generator)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 
 from cor_vllm.calibrate.loading import load_model
 from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.calibrate.router import Router, Rule
 from cor_vllm.config import CorConfig, LayerRouting, plan
 from cor_vllm.scores import Scores
 
@@ -39,16 +40,18 @@ def share_changed(model: Path, scores: Scores, texts: list[str]) -> list[float]:
 def _selected(moe: MoeModel, ids: torch.Tensor, layers: list[LayerRouting]) -> list[torch.Tensor]:
     """Per layer, which experts each token has: [T, N] bool."""
 
-    def rule(layer: LayerRouting):  # type: ignore[no-untyped-def]
-        return lambda logits: moe.route(logits, layer.bias, layer.top_k)
+    def rule(router: Router, layer: LayerRouting) -> Rule:
+        return lambda logits: router.route(logits, layer.bias, layer.top_k)
+
+    rules = [rule(router, layer) for router, layer in zip(moe.routers, layers, strict=True)]
 
     with (
-        moe.routing({n: rule(layer) for n, layer in enumerate(layers)}),
+        moe.routing(dict(enumerate(rules))),
         moe.record_router_logits() as logits,
     ):
         moe.losses(ids)
     masks = []
-    for layer, records in zip(layers, logits, strict=True):
-        chosen = rule(layer)(torch.cat(records))[1].long()
+    for route, records in zip(rules, logits, strict=True):
+        chosen = route(torch.cat(records))[1].long()
         masks.append(torch.zeros(len(chosen), moe.num_experts, dtype=torch.bool).scatter_(1, chosen, True))
     return masks

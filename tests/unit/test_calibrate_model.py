@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cor_vllm.calibrate.config import CalibrationError
+from cor_vllm.calibrate.families import check_family
 from cor_vllm.calibrate.heldout import Tables, rules
 from cor_vllm.calibrate.loading import load_model, model_folder, read_config
-from cor_vllm.calibrate.moe_model import MoeModel, check_family
-from cor_vllm.calibrate.plain import TOKENS_PER_FORWARD, Row, baseline, batches, pad, without
+from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.calibrate.plain import TOKENS_PER_FORWARD, Row, baseline, batches, pad
 from tests import tiny_models
 
 
@@ -33,7 +34,7 @@ def test_own_forward_and_own_rule(family: str) -> None:
     with torch.no_grad():
         expected = model.model(input_ids=ids, labels=ids).loss
     assert own.mean() == pytest.approx(expected.item(), abs=1e-5)
-    with model.routing(dict.fromkeys(range(model.num_layers), model.route)):
+    with model.routing({m: router.route for m, router in enumerate(model.routers)}):
         assert (model.losses(ids) - own).abs().max() < 1e-5
     assert torch.equal(model.losses(ids), own), "an intervention outlived its context"
 
@@ -57,7 +58,7 @@ def test_an_exception_inside_an_intervention_removes_it(olmoe: MoeModel) -> None
     own = olmoe.losses(ids)
     for intervention in (
         olmoe.scale_output(0, 2.0),
-        olmoe.routing({0: lambda logits: olmoe.route(logits, top_k=1)}),
+        olmoe.routing({0: lambda logits: olmoe.routers[0].route(logits, top_k=1)}),
     ):
         with pytest.raises(KeyboardInterrupt), intervention:
             assert not torch.equal(olmoe.losses(ids), own)
@@ -65,24 +66,44 @@ def test_an_exception_inside_an_intervention_removes_it(olmoe: MoeModel) -> None
     assert torch.equal(olmoe.losses(ids), own)
 
 
-@pytest.mark.parametrize("family", ["olmoe", "mixtral", "deepseek_v2"])
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_recorded_logits_give_the_experts_that_the_model_selects(family: str) -> None:
+    model, ids = MoeModel(tiny_models.create(family)), tokens(3, 40)
+    own: list[torch.Tensor] = []
+    for layer in model.layer_index:
+        block = model.model.model.layers[layer].mlp
+        router = block.router if family == "gpt_oss" else block.gate
+        router.register_forward_hook(lambda module, args, output: own.append(output[2].sort(-1).values))
+    with model.record_router_logits() as records:
+        model.losses(ids)
+    for router, [logits], selected in zip(model.routers, records, own, strict=True):
+        assert torch.equal(router.route(logits)[1].sort(-1).values, selected)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "deepseek_v2", "glm4_moe"])
 def test_drop_of_the_only_expert_leaves_no_routed_expert(family: str) -> None:
     model = MoeModel(tiny_models.create(family, num_experts_per_tok=1))
-    logits = torch.tensor([[0.0, 3.0, 1.0, 0.0, 0.0, 0.0]])
-    weights, ids = without(model, torch.tensor([1]), "drop")(logits)
+    logits = torch.zeros(1, model.num_experts)
+    logits[0, [1, 2]] = torch.tensor([30.0, 3.0])
+    model.routers[0].correction_bias.zero_()
+    weights, ids = model.routers[0].without(torch.tensor([1]), "drop")(logits)
     assert ids.tolist() == [[1]] and weights.tolist() == [[0.0]]
-    weights, ids = without(model, torch.tensor([1]), "backfill")(logits)
+    weights, ids = model.routers[0].without(torch.tensor([1]), "backfill")(logits)
     assert ids.tolist() == [[2]] and weights[0, 0] > 0
 
 
 def test_backfill_with_nobody_to_move_up_is_drop() -> None:
-    for family in ("olmoe", "mixtral"):
-        model = MoeModel(tiny_models.create(family, num_experts=4, num_experts_per_tok=4))
+    for family, size in (
+        ("olmoe", "num_experts"),
+        ("mixtral", "num_experts"),
+        ("glm4_moe", "n_routed_experts"),
+    ):
+        model = MoeModel(tiny_models.create(family, num_experts_per_tok=4, **{size: 4}))
         logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
         taken = torch.tensor([0, 1, 2, 3, 0])
         dense = []
         for ablation in ("backfill", "drop"):
-            weights, ids = without(model, taken, ablation)(logits)
+            weights, ids = model.routers[0].without(taken, ablation)(logits)
             dense.append(torch.zeros(5, 4).scatter(1, ids.long(), weights))
             assert dense[-1].gather(1, taken[:, None]).eq(0).all()
         torch.testing.assert_close(dense[0], dense[1])
@@ -90,18 +111,36 @@ def test_backfill_with_nobody_to_move_up_is_drop() -> None:
 
 def test_ablation_stays_exact_when_the_expert_has_all_the_probability(olmoe: MoeModel) -> None:
     logits = torch.tensor([[60.0, 1.0, 0.0, -1.0, -2.0, -3.0, -4.0, -5.0]])  # 1 − g_0 is 0 in float32
-    weights, ids = without(olmoe, torch.tensor([0]), "backfill")(logits)
+    weights, ids = olmoe.routers[0].without(torch.tensor([0]), "backfill")(logits)
     expected = logits[0, 1:].softmax(-1)[:3]
     assert ids.tolist() == [[1, 2, 3]]
     torch.testing.assert_close(weights[0], expected)
 
 
-def test_drop_changes_nothing_where_the_expert_is_not_active(olmoe: MoeModel) -> None:
-    logits = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0, 0.0, 0.0, 0.0]])
-    weights, ids = without(olmoe, torch.tensor([3]), "drop")(logits)
-    stock_weights, stock_ids = olmoe.route(logits)
-    assert torch.equal(ids, stock_ids)
-    torch.testing.assert_close(weights, stock_weights)
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_drop_changes_nothing_where_the_expert_is_not_active(family: str) -> None:
+    router = MoeModel(tiny_models.create(family)).routers[0]
+    logits = torch.randn(999, len(router.correction_bias), generator=torch.Generator().manual_seed(4))
+    stock_weights, stock_ids = router.route(logits)
+    spare = torch.ones_like(logits).scatter(1, stock_ids.long(), 0).argmax(1)
+    weights, ids = router.without(spare, "drop")(logits)
+    assert torch.equal(ids, stock_ids) and torch.equal(weights, stock_weights)
+
+
+def test_the_group_of_an_expert_taken_away_is_weaker_without_it() -> None:
+    """Two groups of three, one kept: expert 0 carries its group, and with it goes the group."""
+    model = MoeModel(tiny_models.create("deepseek_v3", n_routed_experts=6, n_group=2, topk_group=1,
+                                        num_experts_per_tok=2))  # fmt: skip
+    router = model.routers[0]
+    router.correction_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 0.0, 0.1, 0.0]))
+    logits = torch.tensor([[3.0, 1.0, -3.0, 0.9, 0.8, -3.0]])
+    assert router.route(logits)[1].tolist() == [[0, 1]]
+    weights, ids = router.without(torch.tensor([0]), "backfill")(logits)
+    g = logits[0].sigmoid()
+    assert ids.tolist() == [[4, 3]]  # the bias decides the order
+    torch.testing.assert_close(weights[0], 2.5 * g[[4, 3]] / g[[4, 3]].sum())
+    weights, ids = router.without(torch.tensor([0]), "drop")(logits)
+    assert ids.tolist() == [[0, 1]] and weights.tolist() == [[0.0, 2.5]]
 
 
 def test_routing_modes(olmoe: MoeModel) -> None:
@@ -167,6 +206,13 @@ def test_grouped_routing_is_refused_by_name() -> None:
 def test_weights_that_transformers_and_vllm_compute_differently_are_refused() -> None:
     with pytest.raises(CalibrationError, match="norm_topk_prob"):
         MoeModel(tiny_models.create("deepseek_v2", norm_topk_prob=True))
+
+
+@pytest.mark.parametrize("overrides", [{"scoring_func": "softmax"}, {"topk_method": "greedy"}])
+def test_routing_that_transformers_and_vllm_read_differently_is_refused(overrides: dict[str, str]) -> None:
+    [(name, value)] = overrides.items()
+    with pytest.raises(CalibrationError, match=f"deepseek_v3: {name} is '{value}' in config.json"):
+        MoeModel(tiny_models.create("deepseek_v3", **overrides))
 
 
 def test_models_without_a_choice_are_refused() -> None:

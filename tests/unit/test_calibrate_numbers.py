@@ -170,6 +170,7 @@ def test_default_bounds() -> None:
     assert bounds(options(), 8, 1) == (1, 2)
     assert bounds(options(k_min=3, k_max=9), 128, 8) == (3, 9)
     assert bounds(options(budget="paper"), 128, 8) == (1, 128)
+    assert bounds(options(), 12, 8) == (4, 12), "groups of 16 experts may hold but 12 for one token"
 
 
 @pytest.mark.parametrize("values", [{"k_min": 9}, {"k_max": 7}, {"k_max": 200}])

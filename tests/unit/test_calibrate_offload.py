@@ -28,7 +28,7 @@ from tests import tiny_models
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v2", "gpt_oss"])
+@pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.build(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -1,8 +1,10 @@
 """The figures: that they are drawn, and that they show what is in the file."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from cor_vllm.calibrate.config import CalibrationError
 from cor_vllm.calibrate.plots import budget_figure, cei_figure, coverage_figure, plot
@@ -48,3 +50,14 @@ def test_what_the_figures_show(checkpoint: Path) -> None:
         assert panel.get_title() == f"layer {m + 1}: {int(dormant(scores)[m].sum())} dormant"
     image = coverage_figure(scores).axes[0].images[0].get_array()
     assert image.sum() == scores.cei_count.sum()
+
+
+@pytest.mark.parametrize("total", [1.0, 1.7])  # a softmax, and sigmoids
+def test_dormant_experts(checkpoint: Path, total: float) -> None:
+    row = torch.tensor([0.05, 0.565, 0.05, 0.05, 0.142, 0.143, 0.0])  # an even share is 0.1429
+    cei = torch.tensor([0.9, 0.9, 0.4, 0.9, 0.5, 1.0, 1.0])
+    raw = torch.tensor([0.1, 0.1, 0.1, -0.1, 0.1, 0.1, 0.1])
+    scores = dataclasses.replace(
+        make_scores.make(checkpoint), router_prob=total * row[None], cei=cei[None], cei_raw=raw[None]
+    )
+    assert dormant(scores)[0].nonzero().flatten().tolist() == [0, 4, 6]

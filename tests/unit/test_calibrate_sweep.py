@@ -57,6 +57,10 @@ class Case:
         return result
 
 
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.8,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
 TOLERANCE = 5e-6  # nats, float32: a few units in the last place of a loss of 5 to 10 nats
 OPTIONS: list[dict[str, Any]] = [
     {"ablation": "backfill", "intensity": "marginal"},
@@ -105,18 +109,21 @@ def test_in_float64_nothing_but_the_rounding_of_the_loss_remains(family: str) ->
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
         ("olmoe", {"num_experts": 3, "clip_qkv": 0.5}),  # all active: no more
         ("deepseek_v2", {"q_lora_rank": 24}),
+        ("deepseek_v3", {"q_lora_rank": 24, "rope_parameters": YARN, "rope_interleave": False}),
+        ("deepseek_v3", {"num_experts_per_tok": 8}),  # all of the groups kept: no more
         ("gpt_oss", {"num_key_value_heads": 2, "num_attention_heads": 4}),
     ],
 )
-def test_windows_clipping_and_edges_of_top_k(family: str, overrides: dict[str, Any]) -> None:
+def test_windows_scaled_positions_clipping_and_edges_of_top_k(family: str, overrides: dict[str, Any]) -> None:
     case = Case(family, **overrides)
     compare(case.plain(**OPTIONS[0]), case.sweep(**OPTIONS[0]), TOLERANCE)
 
 
-def test_a_window_is_seen_by_the_test() -> None:
-    """The windows above must change something, or they test nothing."""
-    wide, narrow = Case("mixtral"), Case("mixtral", sliding_window=8)
-    assert (wide.base.losses - narrow.base.losses).abs().max() > 0.1
+def test_windows_and_scaled_positions_are_seen_by_the_test() -> None:
+    """They must change something, or the test above shows nothing."""
+    for family, overrides in (("mixtral", {"sliding_window": 8}), ("deepseek_v3", {"rope_parameters": YARN})):
+        plain, changed = Case(family), Case(family, **overrides)
+        assert (plain.base.losses - changed.base.losses).abs().max() > 0.1
 
 
 def test_small_blocks_give_the_same(case: Case) -> None:

@@ -190,21 +190,6 @@ def test_only_settings_beyond_noise_are_called_better(result: Path) -> None:
     ]
 
 
-def test_dormant_experts(result: Path) -> None:
-    import dataclasses
-
-    from cor_vllm.calibrate.show import dormant
-
-    scores = scores_file.load(result)
-    row = torch.tensor([0.05, 0.2, 0.05, 0.05, 0.142, 0.143, 0.0])  # an even share is 0.1429
-    cei = torch.tensor([0.9, 0.9, 0.4, 0.9, 0.5, 1.0, 1.0])
-    raw = torch.tensor([0.1, 0.1, 0.1, -0.1, 0.1, 0.1, 0.1])
-    scores = dataclasses.replace(
-        scores, router_prob=row.repeat(3, 1), cei=cei.repeat(3, 1), cei_raw=raw.repeat(3, 1)
-    )
-    assert dormant(scores)[0].nonzero().flatten().tolist() == [0, 4, 6]
-
-
 def test_plot(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plot", str(result), "--output", str(tmp_path / "p"), "--layers", "0", "2"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 6 == len(list((tmp_path / "p").iterdir()))

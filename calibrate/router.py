@@ -1,0 +1,105 @@
+"""How one MoE layer routes: the model's own rule, and that rule with a bias or without an expert."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from cor_vllm.kernels import reference
+from cor_vllm.kernels.reference import SMALLEST
+
+Rule = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""router_logits [T, N] → (weights [T, K] float32, ids [T, K] integer); K is the rule's own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """How one MoE layer of a model routes.
+
+        g = softmax(router_logits) or sigmoid(router_logits), float32
+        A = the top_k experts of highest g + correction_bias, in the groups that these scores keep
+        w = g[A], divided by its sum where `renormalize`, times `scale`
+
+    Source: method.md, "Words" and "Online routing".
+    """
+
+    top_k: int
+    renormalize: bool
+    scale: float
+    scoring_func: str  # "softmax" or "sigmoid"
+    num_expert_group: int
+    topk_group: int
+    correction_bias: torch.Tensor  # [N] float32, the model's own; zeros where it has none
+
+    def probabilities(self, router_logits: torch.Tensor) -> torch.Tensor:
+        """g [T, N] float32."""
+        return reference.probabilities(router_logits, self.scoring_func)
+
+    def select(
+        self, probs: torch.Tensor, scores: torch.Tensor, top_k: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts of highest `scores` [T, N], weighed by `probs` [T, N].
+
+        Returns:
+            (weights [T, K] float32, ids [T, K] int32), by descending score.
+        """
+        return reference.select(
+            probs,
+            scores,
+            top_k or self.top_k,
+            self.renormalize,
+            self.scale,
+            num_expert_group=self.num_expert_group,
+            topk_group=self.topk_group,
+        )
+
+    def route(
+        self, router_logits: torch.Tensor, bias: torch.Tensor | None = None, top_k: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model's own rule with `bias` [N] added to its scores, and `top_k` experts (Eq. 9).
+
+        Returns:
+            As `select` does.
+        """
+        probs = self.probabilities(router_logits)
+        return self.select(probs, self._scores(probs, bias), top_k)
+
+    def _scores(self, probs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        # One sum of what does not depend on the token, so that the rounding is the server's.
+        added = self.correction_bias.to(probs.device)
+        return probs + (added if bias is None else added + bias)
+
+    def without(self, experts: torch.Tensor, ablation: str) -> Rule:
+        """Routing with one expert e per token taken away (Eq. 5).
+
+        g̃ is g without e. Of a softmax: e set to 0 and the rest divided by 1 − g_e, which is the softmax over
+        the other experts; taking it from the logits keeps it exact where g_e is close to 1. Of a sigmoid,
+        which has no simplex: e set to 0 and the others as they are.
+
+        Args:
+            experts: [T] integer, the expert that token loses.
+            ablation: `backfill`: e's score is −inf, for its group's score too, and the weights are those of
+                g̃, so the next-best expert moves up. `drop`: the active experts stay, and e's weight goes to
+                the others. Where the model renormalises, these are the weights of g̃ over them; where it does
+                not, a softmax router's are g̃ (divided by 1 − g_e), and a sigmoid router's are scaled up to
+                the sum that they had with e. Where e was not active nothing changes. With a single active
+                expert the token gets no routed expert.
+        """
+
+        def rule(router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            taken = experts.to(router_logits.device)[:, None]
+            reduced = self.probabilities(router_logits.float().scatter(1, taken, -torch.inf))
+            if ablation == "backfill":
+                return self.select(reduced, self._scores(reduced).scatter(1, taken, -torch.inf))
+            probs = self.probabilities(router_logits)
+            scores = self._scores(probs)
+            weights, ids = self.select(probs, scores)
+            removed = ids == taken
+            affected = removed.any(dim=1, keepdim=True)
+            if self.scoring_func == "softmax":
+                return self.select(torch.where(affected, reduced, probs), scores)
+            others = weights.masked_fill(removed, 0.0)
+            shares = others / others.sum(dim=1, keepdim=True).clamp_min(SMALLEST)
+            return torch.where(affected, shares * weights.sum(dim=1, keepdim=True), weights), ids
+
+        return rule
