@@ -173,6 +173,10 @@ def test_tied_groups_and_groups_that_are_not_finite(backend):
     bias[0], bias[1], bias[4:8] = math.inf, -math.inf, -math.inf  # groups of inf + 0, −inf − inf, 0, 0
     _, ids = cor_topk(torch.zeros(1, 16), bias, 6, True, "sigmoid", **options)
     assert ids[0].tolist() == [0, 2, 3, 8, 9, 10]
+    bias = torch.zeros(8)
+    bias[0], bias[1], bias[2:4] = math.inf, -math.inf, -1  # inf − inf counts as the least
+    _, ids = cor_topk(torch.zeros(1, 8), bias, 4, True, "sigmoid", **options)
+    assert ids[0].tolist() == [4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
