@@ -30,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_calibrate(commands)
     _add_show(commands)
     _add_plot(commands)
-    args = parser.parse_args(argv)
+    _add_verify(commands)
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.handler is not _verify:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
     handler: Handler = args.handler
     try:
         return handler(args)
@@ -224,7 +228,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     from cor_vllm.fingerprint import FingerprintError
     from cor_vllm.scores import ScoresError
 
-    values = {name: value for name, value in vars(args).items() if name != "handler"}
+    values = {name: value for name, value in vars(args).items() if name not in ("handler", "rest")}
     try:
         options = CalibrationOptions(**values)
     except ValidationError as error:
@@ -310,6 +314,28 @@ def _plot(args: argparse.Namespace) -> int:
     except (ScoresError, CalibrationError, OSError) as error:
         return _fail(error)
     return 0
+
+
+def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="prove that a server routes as its scores file says",
+        description="Load a model in vLLM with its scores file, run a probe batch, and compare every MoE "
+        "layer with what the file says, computed independently: expert kernel, router, k_l, the experts that "
+        "the kernel was given, their weights, the share of slots changed, and that λ = 0 is vLLM's own "
+        "routing. Takes every further flag of vLLM's engine, like --tensor-parallel-size or --cor-mode. Runs "
+        "eager. Exit code 1 if any layer is not routed as the file says.",
+    )
+    parser.set_defaults(handler=_verify)
+    parser.add_argument("model", metavar="MODEL", help="as for vllm serve")
+    parser.add_argument("--cor-scores", required=True, metavar="PATH", help="the scores file")
+    parser.add_argument("--json", action="store_true", help="JSON on stdout instead of the report")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from cor_vllm.verify import main as verify
+
+    return verify(args.model, args.cor_scores, args.rest, args.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What `additional_config["cor"]` means: one validated object, and the routing of each layer that follows."""
 
 import dataclasses
+import os
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,33 @@ Weights = Literal["router", "fused"]
 
 class ConfigError(ValueError):
     """Options that contradict each other or the scores file: one line with the option and the remedy."""
+
+
+class CorOptions(dict[str, Any]):
+    """`additional_config["cor"]` on its way to other processes: where it arrives, the plugin is installed.
+
+    vLLM sends its configuration to the engine and the workers by pickle, but a process that does not load
+    plugins (VLLM_PLUGINS) would take no notice of these options and serve the model's own routing.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrive, (dict(self),)
+
+
+def _arrive(options: dict[str, Any]) -> CorOptions:
+    from cor_vllm import register
+
+    if disabled():
+        raise ConfigError(
+            "COR_DISABLE is set in a worker but not where the engine was configured: set it in both or none"
+        )
+    register()
+    return CorOptions(options)
+
+
+def disabled() -> bool:
+    """Whether COR_DISABLE switches the plugin off in this process."""
+    return os.environ.get("COR_DISABLE", "") not in ("", "0")
 
 
 class CorConfig(BaseModel):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cor_vllm import compat, fit, flags
-from cor_vllm.config import ConfigError, CorConfig, LayerRouting, plan
+from cor_vllm.config import ConfigError, CorConfig, CorOptions, LayerRouting, disabled, plan
 from cor_vllm.scores import Scores, ScoresError, digest, parse, read_bytes
 
 if TYPE_CHECKING:
@@ -41,17 +41,20 @@ def install() -> None:
     global _installed
     if _installed:
         return
-    disabled = os.environ.get("COR_DISABLE", "") not in ("", "0")
-    if not disabled:
+    off = disabled()
+    if not off:
         compat.check_version()
-    _wrap_engine_args(disabled)
-    if not disabled:
+    _wrap_engine_args(off)
+    if not off:
+        from cor_vllm import worker
+
         _wrap_factory()
         _wrap_loader()
+        worker.install()
     _installed = True
 
 
-def _wrap_engine_args(disabled: bool) -> None:
+def _wrap_engine_args(off: bool) -> None:
     """The --cor-… flags, their way into additional_config["cor"], and the check before the engine starts."""
     from vllm.engine.arg_utils import EngineArgs
 
@@ -71,7 +74,7 @@ def _wrap_engine_args(disabled: bool) -> None:
         options = (self.additional_config or {}).get("cor")
         if options is None:
             return create_engine_config(self, *args, **kwargs)
-        if disabled:
+        if off:
             logger.warning("CoR: COR_DISABLE is set; serving with the model's own routing")
             self.additional_config = {k: v for k, v in self.additional_config.items() if k != "cor"}
             return create_engine_config(self, *args, **kwargs)
@@ -96,9 +99,9 @@ def _resolve(options: Any) -> tuple[CorConfig, bytes]:
     return config.model_copy(update={"scores": path, "sha256": digest(data)}), data
 
 
-def _dump(config: CorConfig) -> dict[str, Any]:
+def _dump(config: CorConfig) -> CorOptions:
     # Must stay JSON: vLLM hashes additional_config into its compile-cache key.
-    return config.model_dump(by_alias=True, exclude_none=True)
+    return CorOptions(config.model_dump(by_alias=True, exclude_none=True))
 
 
 def _log_start(config: CorConfig, scores: Scores) -> None:
@@ -118,18 +121,24 @@ def _log_start(config: CorConfig, scores: Scores) -> None:
 
 
 @functools.cache
-def _layers(config: CorConfig) -> dict[int, LayerRouting]:
-    """The routing of this process, from the very file that the engine was started with."""
+def scores_of(config: CorConfig) -> Scores:
+    """The very file that the engine was started with, read once per process."""
     data = read_bytes(config.scores)
     if digest(data) != config.sha256:
         raise ScoresError(
             f"{config.scores}: the file has changed since the engine was started, or differs on this node; "
             "restart the server, and keep one copy of the file on every node"
         )
-    return plan(config, parse(data, config.scores))
+    return parse(data, config.scores)
 
 
-def _config_of(engine: "VllmConfig") -> CorConfig | None:
+@functools.cache
+def _layers(config: CorConfig) -> dict[int, LayerRouting]:
+    return plan(config, scores_of(config))
+
+
+def config_of(engine: "VllmConfig") -> CorConfig | None:
+    """The options that an engine was configured with; None where it was not."""
     additional = engine.additional_config
     options = additional.get("cor") if isinstance(additional, dict) else None
     if options is None:
@@ -153,7 +162,7 @@ def _wrap_factory() -> None:
 
     @functools.wraps(original)
     def factory(*args: Any, **kwargs: Any) -> Any:
-        config = _config_of(get_current_vllm_config())
+        config = config_of(get_current_vllm_config())
         if config is None:
             return original(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
@@ -269,7 +278,7 @@ def _wrap_loader() -> None:
         self: Any, vllm_config: "VllmConfig", model_config: Any, prefix: str = ""
     ) -> torch.nn.Module:
         model = load_model(self, vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-        config = _config_of(vllm_config)
+        config = config_of(vllm_config)
         if config is not None:
             _finish(model, vllm_config, _layers(config))
         return model

@@ -46,7 +46,7 @@ class CorRouter(BaseRouter):
         self.logits_dtype = logits_dtype
         self.fused = weights == "fused"
         self.seed = seed
-        self.renormalize: bool = options["renormalize"] or self.fused
+        self.renormalize: bool = options["renormalize"]
         self.scoring_func: str = options["scoring_func"]
         self.scale: float = options["routed_scaling_factor"]
         self.correction_bias: torch.Tensor | None = options["e_score_correction_bias"]
@@ -116,7 +116,7 @@ class CorRouter(BaseRouter):
             scores = probabilities(router_logits, self.scoring_func)
             bias = self.correction_bias if self.bias is None else self.bias
             scores = scores if bias is None else scores + bias
-            return select(scores, scores, self.top_k, self.renormalize, self.scale, **options)
+            return select(scores, scores, self.top_k, True, self.scale, **options)
         return cor_topk(
             router_logits, self.bias, self.top_k, self.renormalize, self.scoring_func, self.scale, **options
         )

@@ -1,0 +1,77 @@
+"""What every vLLM worker does for us: checks its own routing before it serves, and reports it when asked."""
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+
+from cor_vllm.judge import as_rows, first_problem, judge
+from cor_vllm.plugin import RoutingError, config_of, scores_of
+
+
+def install() -> None:
+    """Add the check at start and the methods for collective_rpc to vLLM's workers."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    init = WorkerBase.__init__
+
+    @functools.wraps(init)
+    def init_with_cor(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if config_of(self.vllm_config) is not None:
+            # On the instance, since each platform's worker has a method of its own.
+            self.determine_available_memory = functools.partial(
+                _checked_start, self, self.determine_available_memory
+            )
+
+    WorkerBase.__init__ = init_with_cor
+    WorkerBase.cor_probe_begin = _probe_begin
+    WorkerBase.cor_probe_end = _probe_end
+
+
+@torch.inference_mode()
+def _checked_start(worker: Any, determine_available_memory: Any) -> Any:
+    """Watch the run by which vLLM measures its memory: every MoE layer must be routed as the file says."""
+    from cor_vllm import probe
+
+    model = worker.get_model()
+    records: list[Any] = []
+    with contextlib.ExitStack() as stack:
+        if _runs_in_python(worker.vllm_config):
+            records = stack.enter_context(probe.recording(model))
+        result = determine_available_memory()
+    if all(record.router_logits is None for record in records):  # vLLM saw no need to run the model
+        records = probe.ask_routers(model)
+    problem = first_problem(_judge(worker, records))
+    if problem:
+        raise RoutingError(f"{problem}; `cor-vllm verify` reports on every layer")
+    return result
+
+
+def _runs_in_python(engine: Any) -> bool:
+    """A model that is compiled for the CPU contains its routing; on a GPU the MoE layer is an opaque op."""
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu() or engine.compilation_config.mode == CompilationMode.NONE
+
+
+def _judge(worker: Any, records: list[Any]) -> Any:
+    config = config_of(worker.vllm_config)
+    assert config is not None, "only called where counterfactual routing is configured"
+    return judge(records, config, scores_of(config), worker.rank)
+
+
+def _probe_begin(self: Any) -> None:
+    """Record the next forward."""
+    from cor_vllm import probe
+
+    self.cor_probe = contextlib.ExitStack()
+    self.cor_records = self.cor_probe.enter_context(probe.recording(self.get_model()))
+
+
+def _probe_end(self: Any) -> list[dict[str, Any]]:
+    """What was found since `_probe_begin`: judge.LayerVerdict by layer, as dictionaries."""
+    self.cor_probe.close()
+    return as_rows(_judge(self, self.cor_records))

@@ -1,0 +1,239 @@
+"""Routing that is not what the file says is found, whatever way it came about."""
+
+import dataclasses
+import gc
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cor_vllm import scores, verify
+from cor_vllm.cli import main
+from cor_vllm.plugin import RoutingError
+from cor_vllm.router import CorRouter
+from tests.make_scores import config_of, make
+from tests.parity.engine import ENGINE, generate
+from tests.parity.test_parity import varied, written
+
+pytestmark = pytest.mark.slow
+
+
+def start(folder, cor, **engine):
+    from vllm import LLM
+
+    return LLM(model=str(folder), **{**ENGINE, **engine}, additional_config={"cor": cor})
+
+
+def problems(llm) -> list[str]:
+    return verify.inspect(llm)["problems"]
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen3_moe", {}),
+        ("deepseek_v3", {"lambda": 0.2}),  # groups, correction bias, scaled weights
+        ("glm4_moe", {"mode": "expert"}),
+        ("gpt_oss", {"weights": "fused"}),
+        ("olmoe", {"mode": "random", "seed": 3}),
+        ("deepseek_v2", {"mode": "layer"}),
+        ("mixtral", {"static_k": 3}),
+        ("qwen2_moe", {"swap_rate": 1.0}),
+    ],
+)
+def test_a_sound_engine_passes(checkpoints, family, options):
+    folder = checkpoints[family]
+    values = make(folder, k=varied(folder))
+    report = verify.inspect(start(folder, {**written(folder, values), **options}))
+    gc.collect()
+    assert report["problems"] == []
+    layers = report["layers"]
+    assert [row["layer"] for row in layers] == values.layer_index.tolist()
+    assert all(row["as_expected"] == 1 and row["lambda_0"] == 1 and row["modular"] for row in layers)
+    assert all(row["tokens"] == verify.PROMPTS * verify.PROMPT_TOKENS for row in layers)
+    own_score = options.get("mode") == "layer" or "static_k" in options
+    assert any(row["changed"] > 0 for row in layers) != own_score
+    text = verify.render(report)
+    assert f"All {len(layers)} layers of 1 worker(s) are routed as the scores file says." in text
+    assert text.count("| yes     | CorRouter |") == len(layers)
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoints):
+    """An engine to sabotage, and what mends it again."""
+    folder = checkpoints["qwen3_moe"]
+    llm = start(folder, written(folder, make(folder, k=varied(folder))))
+    assert problems(llm) == []
+    return llm
+
+
+def layer_of(llm, number: int):
+    return llm.apply_model(lambda model: model.model.layers[number].mlp.experts)[0]
+
+
+def test_a_router_that_was_replaced_afterwards(engine):
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+    layer = layer_of(engine, 1)
+    own = layer.router
+    layer.router = CPURouter(top_k=own.top_k, global_num_experts=7)
+    try:
+        found = problems(engine)
+    finally:
+        layer.router = own
+    assert any("layers.1.mlp.experts" in p and "routed by CPURouter" in p for p in found)
+
+
+def test_a_bias_that_is_lost(engine):
+    """Everything is in its place, and the routing is the model's own: only the experts tell."""
+    router = layer_of(engine, 2).router
+    kept = router.bias.clone()
+    router.bias.zero_()
+    try:
+        found = problems(engine)
+    finally:
+        router.bias.copy_(kept)
+    assert found and all(
+        "layers.2.mlp.experts" in p and "other experts than the file says" in p for p in found
+    )
+
+
+def test_another_k(engine):
+    router = layer_of(engine, 0).router
+    router.top_k += 1
+    try:
+        found = problems(engine)
+    finally:
+        router.top_k -= 1
+    assert any("layers.0.mlp.experts" in p and "k is 2, the file says 1" in p for p in found)
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("scale", 1.01), ("renormalize", False)])
+def test_weights_that_vllm_would_not_give(engine, attribute, value):
+    router = layer_of(engine, 0).router
+    right = getattr(router, attribute)
+    setattr(router, attribute, value)
+    try:
+        found = problems(engine)
+    finally:
+        setattr(router, attribute, right)
+    assert found and all("layers.0" in p and "with λ = 0 it routes otherwise than vLLM" in p for p in found)
+
+
+def test_an_expert_kernel_that_routes_inside_itself(engine, monkeypatch):
+    layer = layer_of(engine, 1)
+    method = type(layer.routed_experts.quant_method)
+    stock = layer.router.stock
+
+    def apply_monolithic(self, layer, x, router_logits, input_ids=None):
+        weights, ids = stock._compute_routing(x, router_logits, None)
+        return self.apply(layer, x, weights, ids, None, None)
+
+    monkeypatch.setattr(method, "is_monolithic", property(lambda self: True))
+    monkeypatch.setattr(method, "apply_monolithic", apply_monolithic)
+    found = problems(engine)
+    assert any("the expert kernel routes inside itself" in p for p in found)
+    assert any("its router was never asked" in p for p in found)
+
+
+def test_the_sabotaged_engine_is_sound_again(engine):
+    assert problems(engine) == []
+
+
+def test_a_worker_checks_itself_before_it_serves(checkpoints, monkeypatch):
+    """A router that forgets its bias would serve the model's own routing: the engine does not start."""
+    folder = checkpoints["olmoe"]
+    route = CorRouter._route
+
+    def forgetful(self, logits, indices_type, is_padding):
+        self.bias = torch.zeros_like(self.bias)
+        return route(self, logits, indices_type, is_padding)
+
+    monkeypatch.setattr(CorRouter, "_route", forgetful)
+    with pytest.raises(
+        RoutingError, match=r"experts: \d+ of \d+ tokens have other experts than the file says"
+    ):
+        generate(folder, written(folder, make(folder, k=varied(folder))), 1)
+
+
+WITHOUT_PLUGINS = """
+import os, sys
+from cor_vllm import register
+register()
+from vllm import LLM
+os.environ.update({environment})
+if __name__ == "__main__":
+    from cor_vllm import verify
+    llm = LLM(model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128,
+        kv_cache_memory_bytes=2**26, additional_config={{"cor": {{"scores": sys.argv[2]}}}})
+    print(len(verify.inspect(llm)["problems"]), "problems")
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"VLLM_PLUGINS": "none_of_ours"}, "0 problems"),  # routed all the same
+        ({"COR_DISABLE": "1"}, "COR_DISABLE is set in a worker but not where the engine was configured"),
+    ],
+)
+def test_a_worker_process_that_would_not_load_the_plugin(checkpoints, tmp_path, environment, says):
+    folder = checkpoints["olmoe"]
+    file = written(folder, make(folder, k=varied(folder)))["scores"]
+    script = tmp_path / "script.py"
+    changes = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", **environment}
+    script.write_text(WITHOUT_PLUGINS.format(environment=changes))
+    run = subprocess.run(
+        [sys.executable, str(script), str(folder), file],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**verify.os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+    )
+    assert says in run.stdout + run.stderr, (run.stdout + run.stderr)[-3000:]
+
+
+def test_the_command(checkpoints, tmp_path):
+    """As a user runs it: the report and exit code 0, then JSON, then a file of another model."""
+    folder = checkpoints["qwen3_moe"]
+    file = written(folder, make(folder, k=varied(folder)))["scores"]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [
+            sys.executable,
+            "-m",
+            "cor_vllm.cli",
+            "verify",
+            str(folder),
+            "--dtype",
+            "float32",
+            *arguments,
+        ]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    done = run("--cor-scores", file, "--cor-mode", "expert")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'mode": "expert' in done.stdout
+    assert done.stdout.rstrip().endswith("routed as the scores file says.")
+    done = run("--cor-scores", file, "--json")
+    assert json.loads(done.stdout)["problems"] == []
+    other = make(folder)
+    other = dataclasses.replace(
+        other,
+        config=type(other.config).model_validate(
+            config_of(folder, other.k.tolist(), architecture="OlmoeForCausalLM")
+        ),
+    )
+    scores.save(tmp_path / "other.safetensors", other)
+    done = run("--cor-scores", str(tmp_path / "other.safetensors"))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("cor-vllm: error: ")
+    assert "architecture: the scores file has OlmoeForCausalLM" in done.stderr.splitlines()[-1]
+
+
+def test_flags_that_no_command_knows(capsys):
+    with pytest.raises(SystemExit):
+        main(["show", "x.safetensors", "--tensor-parallel-size", "2"])
+    assert "unrecognized arguments: --tensor-parallel-size 2" in capsys.readouterr().err
