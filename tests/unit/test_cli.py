@@ -60,13 +60,13 @@ def options_of(command: str) -> list[argparse.Action]:
     class Stop(Exception):
         pass
 
-    def parse_args(self: argparse.ArgumentParser, argv: object = None) -> None:
+    def parse(self: argparse.ArgumentParser, argv: object = None) -> None:
         commands = next(a for a in self._actions if isinstance(a, argparse._SubParsersAction))
         captured.append(commands.choices[command]._actions)
         raise Stop
 
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Stop):
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
         cli.main([])
     return captured[0]
 
