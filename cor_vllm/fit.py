@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cor_vllm.config import CorConfig, plan
+from cor_vllm.config import CorConfig
 from cor_vllm.fingerprint import Routers, read_routers
 from cor_vllm.scores import Scores
 
@@ -26,18 +26,9 @@ def check(config: CorConfig, scores: Scores, engine: "VllmConfig") -> None:
 
     Raises:
         MisfitError: the file is another model's, or a feature of the engine would bypass the routing.
-        ConfigError: the options do not fit the scores.
     """
     _check_engine(engine)
     _check_model(config.scores, scores, engine.model_config)
-    widths = {layer.top_k for layer in plan(config, scores).values()}
-    if getattr(engine.model_config, "enable_return_routed_experts", False) and widths != {
-        scores.config.model.top_k
-    }:
-        raise MisfitError(
-            "--enable-return-routed-experts has one width for all layers, but this routing has layers of "
-            f"{min(widths)} to {max(widths)} experts: leave it out, or use --cor-mode expert"
-        )
     _check_checkpoint(config.scores, scores, engine)
 
 

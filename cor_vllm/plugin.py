@@ -80,10 +80,12 @@ def _wrap_engine_args(off: bool) -> None:
             return create_engine_config(self, *args, **kwargs)
         config, data = _resolve(options)
         scores = parse(data, config.scores)
+        layers = plan(config, scores)
         self.additional_config = {**self.additional_config, "cor": _dump(config)}
         engine = create_engine_config(self, *args, **kwargs)
         fit.check(config, scores, engine)
-        _log_start(config, scores)
+        widen_capture(engine, layers)
+        _log_start(config, scores, layers)
         return engine
 
     EngineArgs.add_cli_args = staticmethod(add_with_cor)
@@ -104,15 +106,24 @@ def _dump(config: CorConfig) -> CorOptions:
     return CorOptions(config.model_dump(by_alias=True, exclude_none=True))
 
 
-def _log_start(config: CorConfig, scores: Scores) -> None:
-    layers = plan(config, scores).values()
+def widen_capture(engine: "VllmConfig", layers: dict[int, LayerRouting]) -> None:
+    """Make room for our widest layer in the buffer of --enable-return-routed-experts.
+
+    It would have the model's own top_k slots for every layer. CorRouter fills those that a layer has too many.
+    """
+    if getattr(engine.model_config, "enable_return_routed_experts", False):
+        widest = max(layer.top_k for layer in layers.values())
+        engine.model_config.model_arch_config.num_experts_per_token = widest
+
+
+def _log_start(config: CorConfig, scores: Scores, layers: dict[int, LayerRouting]) -> None:
     mode = "static k" if config.static_k else config.mode or scores.config.serving.mode
     logger.info(
         "CoR: %s, %d MoE layers, %d of them with λ·CEI, Σ k_l = %d (the model's own %d), scores %s",
         mode,
         len(layers),
-        sum(layer.bias is not None for layer in layers),
-        sum(layer.top_k for layer in layers),
+        sum(layer.bias is not None for layer in layers.values()),
+        sum(layer.top_k for layer in layers.values()),
         scores.num_layers * scores.config.model.top_k,
         config.scores,
     )
@@ -199,6 +210,7 @@ def _build_layer(original: Any, bound: inspect.BoundArguments, config: CorConfig
             routing,
             options,
             logits_dtype=arguments["router_logits_dtype"] or engine.model_config.dtype,
+            widest=max(layer.top_k for layer in _layers(config).values()),
             weights=config.weights,
             seed=config.seed,
         )

@@ -1,5 +1,6 @@
 """vLLM's router interface ↔ the routing step; the only file that names vLLM's router types."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class CorRouter(BaseRouter):
         layer: k_l, λ·CEI and the mode.
         options: what vLLM made `stock` with, the arguments of its create_fused_moe_router.
         logits_dtype: of the router logits that will come.
+        widest: the most experts that any layer selects.
         weights: what weighs the experts, the router's probability or the score.
         seed: of mode `random`.
     """
@@ -37,6 +39,7 @@ class CorRouter(BaseRouter):
         options: dict[str, Any],
         *,
         logits_dtype: torch.dtype,
+        widest: int,
         weights: Weights,
         seed: int,
     ) -> None:
@@ -44,6 +47,7 @@ class CorRouter(BaseRouter):
         self.stock = stock
         self.layer = layer
         self.logits_dtype = logits_dtype
+        self.widest = widest
         self.fused = weights == "fused"
         self.seed = seed
         self.renormalize: bool = options["renormalize"]
@@ -68,6 +72,21 @@ class CorRouter(BaseRouter):
     def supports_monolithic_kernels(self) -> bool:
         """vLLM 0.33 asks this before it considers a kernel that routes inside itself."""
         return False
+
+    def set_capture_fn(self, capture_fn: Callable[[torch.Tensor], None] | None) -> None:
+        """For --enable-return-routed-experts, whose buffer has one width for all layers.
+
+        A layer with fewer experts repeats its last one. Any other filler would be some expert's id, too.
+        """
+        filler = self.widest - self.top_k
+        if capture_fn is None or filler == 0:
+            super().set_capture_fn(capture_fn)
+            return
+
+        def padded(topk_ids: torch.Tensor) -> None:
+            capture_fn(torch.cat([topk_ids, topk_ids[:, -1:].expand(-1, filler)], dim=1))
+
+        super().set_capture_fn(padded)
 
     def weights_loaded(self) -> None:
         """Make ready to serve, once the model's own parameters have their values."""
