@@ -109,7 +109,7 @@ def _dump(config: CorConfig) -> CorOptions:
 def widen_capture(engine: "VllmConfig", layers: dict[int, LayerRouting]) -> None:
     """Make room for our widest layer in the buffer of --enable-return-routed-experts.
 
-    It would have the model's own top_k slots for every layer. CorRouter fills those that a layer has too many.
+    It has the model's own top_k slots for every layer otherwise; CorRouter fills those that are left over.
     """
     if getattr(engine.model_config, "enable_return_routed_experts", False):
         widest = max(layer.top_k for layer in layers.values())
