@@ -36,7 +36,7 @@ check: $(STAMP)
 
 # CPU-sized: some minutes on two cores. Tables on stdout, CSV files under benchmarks/results.
 bench: $(STAMP)
-	@$(PYTHON) benchmarks/calibration.py
+	@$(PYTHON) -m benchmarks.calibration
 	@$(PYTHON) -m benchmarks.memory
 
 lock:

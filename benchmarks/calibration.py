@@ -1,8 +1,8 @@
 """Time of the sweep against the plain algorithm: same process, same model, same positions.
 
-    python benchmarks/calibration.py                         random models of growing size, a few minutes
-    python benchmarks/calibration.py --model FOLDER          a checkpoint, for growing numbers of positions
-    python benchmarks/calibration.py --model FOLDER --tokens 10000 --no-plain
+    python -m benchmarks.calibration                         random models of growing size, a few minutes
+    python -m benchmarks.calibration --model FOLDER          a checkpoint, for growing numbers of positions
+    python -m benchmarks.calibration --model FOLDER --tokens 10000 --no-plain
 
 Runs alternate between the two, so that a busy machine slows both. The table gives wall time, median and
 range, and CPU time of the process, the quickest run: without a GPU the laws are fitted to that, since other
@@ -12,7 +12,6 @@ time as powers of layers M, experts N, positions P and hard positions H.
 """
 
 import argparse
-import csv
 import math
 import os
 import statistics
@@ -20,8 +19,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.results import device_name, write_rows
 from cor_vllm.calibrate.config import CalibrationOptions
 from cor_vllm.calibrate.loading import load_model
 from cor_vllm.calibrate.measure import Baseline
@@ -37,7 +35,6 @@ from cor_vllm.calibrate.plain import PlainAlgorithm, baseline
 from cor_vllm.calibrate.stratify import Strata, stratify
 from cor_vllm.calibrate.sweep import Sweep
 
-RESULTS = Path(__file__).with_name("results")
 LAYERS, EXPERTS, TOKENS, PERCENTILE = 4, 16, 500, 90.0  # the shape from which one number at a time changes
 
 
@@ -276,47 +273,18 @@ def laws(timings: list[Timing]) -> Iterator[str]:
         yield linear_in_hard(timings, algorithm)
 
 
-def device_name(model: MoeModel) -> str:
-    """The GPU, or the processor as Linux names it."""
-    if model.device.type == "cuda":
-        return torch.cuda.get_device_name(model.device)
-    return cpu_name()
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "cpu")
-
-
-def write_csv(timings: list[Timing], device: str) -> Path:
-    """One row per shape and algorithm, with where and when."""
-    now = datetime.now(UTC)
-    where = {
-        "date": now.isoformat(timespec="seconds"),
-        "device": device,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        **{name: version(name) for name in ("cor-vllm", "torch", "transformers")},
-    }
-    rows = [
+def csv_rows(timings: list[Timing]) -> list[dict[str, Any]]:
+    """One row per shape and algorithm."""
+    return [
         asdict(timing.shape)
         | {"algorithm": timing.algorithm, "hard": timing.hard, "layer_rows": timing.layer_rows,
            "layer_calls": timing.layer_calls,
            "repeats": len(timing.seconds), "median_s": round(timing.median(), 4),
            "min_s": round(min(timing.seconds), 4), "max_s": round(max(timing.seconds), 4),
            "cpu_median_s": round(statistics.median(timing.cpu_seconds), 4),
-           "cpu_min_s": round(min(timing.cpu_seconds), 4), "load_average": round(timing.load, 2)} | where
+           "cpu_min_s": round(min(timing.cpu_seconds), 4), "load_average": round(timing.load, 2)}
         for timing in timings
     ]  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"calibration-{now:%Y%m%d-%H%M%S}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def main() -> None:
@@ -341,12 +309,13 @@ def main() -> None:
     device = ""
     for model, shape in cases:
         timings += measure(model, shape, algorithms, args.repeats, {"max_memory": args.max_memory})
-        device = device_name(model)
+        device = device_name(model.device.type)
     console = Console(width=180)
     print_table(timings, console)
     for line in filter(None, laws(timings)):
         console.print(line, highlight=False)
-    console.print(f"{device}, {torch.get_num_threads()} threads; wrote {write_csv(timings, device).name}")
+    path = write_rows("calibration", csv_rows(timings), device)
+    console.print(f"{device}, {torch.get_num_threads()} threads; wrote {path.name}")
 
 
 if __name__ == "__main__":

@@ -9,17 +9,13 @@ the calibrator is told of no free memory, by which it decides what has to wait (
 """
 
 import argparse
-import csv
 import io
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from benchmarks.calibration import RESULTS, cpu_name, random_sequences
+from benchmarks.calibration import random_sequences
+from benchmarks.results import device_name, write_rows
 from cor_vllm.calibrate import offload, pipeline
 from cor_vllm.calibrate.config import CalibrationOptions
 
@@ -108,26 +105,13 @@ def main() -> None:
     if args.one:
         print(json.dumps(one(Path(args.one[0]), args.one[1])))
         return
-    now = datetime.now(UTC)
-    where = {
-        "date": now.isoformat(timespec="seconds"),
-        "device": cpu_name(),
-        "load_average": round(os.getloadavg()[0], 2),
-        **{name: version(name) for name in ("cor-vllm", "torch", "transformers", "accelerate")},
-    }
-    rows = [row | where for layers in args.layers for row in measure(layers)]
+    rows = [row for layers in args.layers for row in measure(layers)]
     table = Table("layers", "weights, MiB", "weights are in", "peak beyond start, MiB", "s", "same file")
     for row in rows:
         cells = ("layers", "weights_mib", "weights", "peak_mib", "seconds", "same_file")
         table.add_row(*(str(row[cell]) for cell in cells))
     Console().print(table)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"memory-{now:%Y%m%d-%H%M%S}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"wrote {path}")
+    print(f"wrote {write_rows('memory', rows, device_name('cpu'))}")
 
 
 if __name__ == "__main__":

@@ -9,21 +9,15 @@ for the loss by draw and, averaged over the draws, by position. The larger draw 
 """
 
 import argparse
-import csv
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from benchmarks.calibration import RESULTS, device_name
+from benchmarks.results import device_name, write_rows
 from cor_vllm.calibrate import statistics
 from cor_vllm.calibrate.config import CalibrationOptions
 from cor_vllm.calibrate.corpus import draw, load_corpus
@@ -127,17 +121,6 @@ def print_summary(rows: list[dict[str, float]], differences: torch.Tensor, conso
     )
 
 
-def write_csv(rows: Sequence[dict[str, Any]], where: dict[str, Any]) -> Path:
-    """One row per draw, with what was measured where and when."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"shrink-{datetime.now(UTC):%Y%m%d-%H%M%S}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*rows[0], *where])
-        writer.writeheader()
-        writer.writerows([row | where for row in rows])
-    return path
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -159,16 +142,14 @@ def main() -> None:
 
     heldout, large, *draws = draw(corpus, tokenize, [], 256, parts, 0)
     rows, differences = compare(model, half, draws, calibrate(model, large), heldout)
-    where = {
+    run = {
         "model": args.model.resolve().name, "corpus": corpus.name, "tokens": args.tokens,
         "reference": args.reference, "heldout": args.heldout, "lambda": LAMBDA,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "device": device_name(model),
-        "load_average": round(os.getloadavg()[0], 2),
-        **{name: version(name) for name in ("cor-vllm", "torch", "transformers")},
     }  # fmt: skip
     console = Console(width=150)
     print_summary(rows, differences, console)
-    console.print(f"wrote {write_csv(rows, where).name}")
+    path = write_rows("shrink", [row | run for row in rows], device_name(model.device.type))
+    console.print(f"wrote {path.name}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import calibration
+from benchmarks import calibration, results
 from cor_vllm.calibrate.sweep import CHECKED
 from tests import tiny_models
 
@@ -16,7 +16,7 @@ def test_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tiny_models.build("olmoe", tmp_path / "tiny-olmoe")
-    monkeypatch.setattr(calibration, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     arguments = ["--model", str(folder), "--tokens", "30", "60", "--seq-len", "16", "--repeats", "2"]
     monkeypatch.setattr(sys, "argv", ["calibration.py", *arguments, "--device", "cpu"])
     calibration.main()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import shrink
+from benchmarks import results, shrink
 from tests import tiny_models
 
 
@@ -15,7 +15,7 @@ def test_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tiny_models.build("qwen3_moe", tmp_path / "tiny-qwen3")
-    monkeypatch.setattr(shrink, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     sizes = ["--draws", "2", "--tokens", "60", "--reference", "120", "--heldout", "40"]
     monkeypatch.setattr(sys, "argv", ["shrink.py", "--model", str(folder), *sizes, "--bfloat16"])
     shrink.main()

@@ -1,0 +1,92 @@
+"""What every benchmark writes in one way: CSV rows with device, versions and date, and tables in Markdown."""
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).with_name("results")
+PACKAGES = ("cor-vllm", "vllm", "torch", "triton", "transformers", "accelerate")
+
+
+def write_rows(name: str, rows: Sequence[Mapping[str, Any]], device: str, folder: Path | None = None) -> Path:
+    """Write rows as CSV, each with where and when it was measured.
+
+    Args:
+        name: of the table.
+        rows: columns may differ between rows; a column of their own wins over one of `where`.
+        device: what was measured, `device_name()`.
+        folder: for `<name>.csv`; where None, `benchmarks/results/<name>-<date>.csv`.
+
+    Returns:
+        The file.
+    """
+    now = datetime.now(UTC)
+    path = folder / f"{name}.csv" if folder else RESULTS / f"{name}-{now:%Y%m%d-%H%M%S}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    around = where(device, now)
+    columns = dict.fromkeys(column for row in rows for column in row) | dict.fromkeys(around)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(columns))
+        writer.writeheader()
+        writer.writerows([around | dict(row) for row in rows])
+    return path
+
+
+def where(device: str, now: datetime) -> dict[str, Any]:
+    """Device, cores, load and versions."""
+    return {
+        "date": now.isoformat(timespec="seconds"),
+        "device": device,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        **versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of those PACKAGES that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def device_name(kind: str) -> str:
+    """The GPU for "cuda", else the processor as Linux names it."""
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "cpu")
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table with aligned columns, readable in a terminal too."""
+    if not rows:
+        return "(no rows)"
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [columns, *([text(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = [
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
+        for line in cells
+    ]
+    lines.insert(1, f"| {' | '.join('-' * width for width in widths)} |")
+    return "\n".join(lines)
+
+
+def text(value: Any) -> str:
+    """A cell: floats with four significant digits, None empty."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
