@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +37,12 @@ def write_rows(name: str, rows: Sequence[Mapping[str, Any]], device: str, folder
         writer.writeheader()
         writer.writerows([around | dict(row) for row in rows])
     return path
+
+
+def run_folder(kind: str) -> Path:
+    """benchmarks/results/<device>-<date>, for a program that writes several tables."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(kind).lower()).strip("-")
+    return RESULTS / f"{slug}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
 def where(device: str, now: datetime) -> dict[str, Any]:
