@@ -1,4 +1,4 @@
-"""Scores files for a checkpoint without calibrating it: any k per layer, random CEI."""
+"""Scores files for a model without calibrating it: any k per layer, random CEI."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,18 @@ from typing import Any
 
 import torch
 
-from cor_vllm.fingerprint import read_routers
+from cor_vllm.fingerprint import Routers, read_routers
 from cor_vllm.metadata import ScoresConfig
 from cor_vllm.scores import Scores
+
+
+def routers(folder: Path) -> Routers:
+    """The checkpoint's; without one (dummy weights), every layer that the configuration gives experts."""
+    if any(folder.glob("*.safetensors")):
+        return read_routers(folder)
+    hf = json.loads((folder / "config.json").read_text())
+    layers = range(hf.get("first_k_dense_replace", 0), hf["num_hidden_layers"])
+    return Routers(tuple(layers), "0" * 64)
 
 
 def config_of(folder: Path, k: list[int], **model: Any) -> dict[str, Any]:
@@ -23,7 +32,7 @@ def config_of(folder: Path, k: list[int], **model: Any) -> dict[str, Any]:
             "num_experts": experts,
             "top_k": hf["num_experts_per_tok"],
             "num_hidden_layers": hf["num_hidden_layers"],
-            "fingerprint": read_routers(folder).fingerprint,
+            "fingerprint": routers(folder).fingerprint,
             **model,
         },
         "calibration": {
@@ -39,12 +48,12 @@ def make(folder: Path, k: list[int] | None = None, cei: torch.Tensor | None = No
     """A valid Scores for the checkpoint in `folder`.
 
     Args:
-        folder: a model folder with safetensors.
+        folder: a model folder, with safetensors or only a configuration.
         k: k_l by MoE layer; the model's own top_k where None.
         cei: [M, N] in [0, 1]; random where None.
         seed: of the random tensors.
     """
-    layers = read_routers(folder).layers
+    layers = routers(folder).layers
     hf = json.loads((folder / "config.json").read_text())
     k = k or [hf["num_experts_per_tok"]] * len(layers)
     config = ScoresConfig.model_validate(config_of(folder, k))

@@ -47,7 +47,8 @@ def serve(
     """
     port = _free_port()
     vllm = Path(sys.executable).with_name("vllm")
-    command = [str(vllm), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *flags]
+    program = str(vllm) if vllm.exists() else "vllm"  # beside this Python, else on the PATH
+    command = [program, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *flags]
     with open(log, "w") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=env or environment(), start_new_session=True

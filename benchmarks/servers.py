@@ -1,0 +1,116 @@
+"""The servers that benchmarks/serving.py compares, and the engines that count their experts."""
+
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from examples.demo.server import ServerFailed, environment, serve
+
+if TYPE_CHECKING:
+    from benchmarks.serving import Setting
+
+ROOT = Path(__file__).parents[1]
+PLAIN_TORCH = "benchmark: plain torch routes"  # in the log of a server with benchmarks.torch_router
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A server by its role in the comparison."""
+
+    name: str
+    extension: str | None  # worker extension
+    cor: dict[str, Any] | None = None  # additional_config["cor"]; None: vLLM without the plugin
+
+    def flags(self) -> list[str]:
+        extension = ["--worker-extension-cls", self.extension] if self.extension else []
+        additional = ["--additional-config", json.dumps({"cor": self.cor})] if self.cor else []
+        return extension + additional
+
+    def env(self) -> dict[str, str]:
+        """Worker extensions are found from the repository's root; stock loads no plugin at all."""
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = environment(PYTHONPATH=os.pathsep.join(paths))
+        ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_PLUGINS", "TRITON_INTERPRET")
+        env = {name: value for name, value in env.items() if name not in ours}
+        return env if self.cor is not None else {**env, "VLLM_PLUGINS": ""}
+
+
+@contextlib.contextmanager
+def running(contestants: Sequence[Contestant], setting: "Setting", logs: Path) -> Iterator[dict[str, str]]:
+    """All servers, started and stopped side by side: name → URL.
+
+    Raises:
+        ServerFailed: one did not start, or does not route as it should.
+    """
+    stop = threading.Event()
+
+    def waiting(seconds: float) -> None:
+        if stop.is_set():
+            raise ServerFailed("stopped while starting")
+
+    contexts = [
+        serve(
+            setting.model, *setting.flags, "--no-enable-prefix-caching", "--disable-uvicorn-access-log",
+            *each.flags(), log=logs / f"{each.name}.log", env=each.env() | dict(setting.env), waiting=waiting,
+        )
+        for each in contestants
+    ]  # fmt: skip
+    with ThreadPoolExecutor(len(contexts)) as pool:
+        starting = [pool.submit(context.__enter__) for context in contexts]
+        try:
+            urls = {each.name: start.result() for each, start in zip(contestants, starting, strict=True)}
+            for each in contestants:
+                _check_log(each, logs / f"{each.name}.log")
+            yield urls
+        finally:
+            stop.set()
+            list(pool.map(_leave, contexts, starting))
+
+
+def _leave(context: contextlib.AbstractContextManager[str], start: Future[str]) -> None:
+    if start.exception() is None:  # else it has stopped itself
+        context.__exit__(None, None, None)
+
+
+def _check_log(contestant: Contestant, log: Path) -> None:
+    """A server that does not run what its name says would make the comparison worthless."""
+    text = log.read_text(errors="replace")
+    routed, plain = "CoR: " in text, PLAIN_TORCH in text
+    if routed != (contestant.cor is not None) or plain != (contestant.name == "torch"):
+        raise ServerFailed(
+            f"the server {contestant.name!r} says of itself: counterfactual routing {routed}, plain torch "
+            f"{plain}; is cor-vllm's entry point installed? Its log: {log}"
+        )
+
+
+def count_experts(contestant: Contestant, setting: "Setting") -> "subprocess.Popen[str]":
+    """benchmarks.distinct on the same model, prompts and routing, as a process of its own."""
+    engine = {"model": str(setting.model), **keywords(setting.flags)}
+    if contestant.extension:
+        engine["worker_extension_cls"] = contestant.extension
+    if contestant.cor:
+        engine["additional_config"] = {"cor": contestant.cor}
+    command = [sys.executable, "-m", "benchmarks.distinct", "--engine", json.dumps(engine), "--batches",
+               *map(str, setting.batches), "--input-len", str(setting.input_len)]  # fmt: skip
+    env = contestant.env() | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+
+
+def keywords(flags: Sequence[str]) -> dict[str, Any]:
+    """The flags that an eager engine needs too, as arguments of vllm.LLM."""
+    wanted = {"--dtype": str, "--load-format": str, "--max-model-len": int, "--max-num-seqs": int,
+              "--kv-cache-memory-bytes": int, "--gpu-memory-utilization": float}  # fmt: skip
+    return {
+        flag[2:].replace("-", "_"): wanted[flag](value)
+        for flag, value in itertools.pairwise(flags)
+        if flag in wanted
+    }

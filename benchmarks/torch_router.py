@@ -1,0 +1,19 @@
+"""A worker extension that routes with plain torch in place of the Triton kernel: what is the kernel worth?
+
+vLLM imports a worker extension before the worker builds its model, so before any layer routes.
+"""
+
+import functools
+import logging
+
+from benchmarks.dummy_weights import DummyWeights
+from benchmarks.servers import PLAIN_TORCH
+from cor_vllm import router
+from cor_vllm.kernels.dispatch import cor_topk
+
+router.cor_topk = functools.partial(cor_topk, backend="torch")
+logging.getLogger("vllm.cor").warning(PLAIN_TORCH)
+
+
+class TorchRouter(DummyWeights):
+    """`--worker-extension-cls benchmarks.torch_router.TorchRouter`."""
