@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 INDEX := $(if $(COR_TORCH_INDEX),--extra-index-url $(COR_TORCH_INDEX))
 
-.PHONY: install demo test check bench lock clean
+.PHONY: install demo test check bench gpu lock clean
 
 install: $(STAMP)
 
@@ -38,6 +38,12 @@ check: $(STAMP)
 bench: $(STAMP)
 	@$(PYTHON) -m benchmarks.calibration
 	@$(PYTHON) -m benchmarks.memory
+	@$(PYTHON) -m benchmarks.serving --seconds 400
+
+# On a GPU machine, with the Python of the current environment, which has vLLM; installs nothing. Ten minutes.
+# LAYERS=48 serves all layers of Qwen3-30B-A3B; PARTS="kernel_check kernel" runs only these.
+gpu:
+	@sh tools/gpu.sh
 
 lock:
 	@sh tools/lock.sh
