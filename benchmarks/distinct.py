@@ -34,7 +34,8 @@ class Recorder:
             # A step over exactly one token per sequence; prompts come in longer pieces.
             if ids.shape[0] == self.batch:
                 self.counts.setdefault(layer, []).append(int(ids[ids >= 0].unique().numel()))
-                self.top_k[layer] = ids.shape[1]
+                # Rows may be padded to the widest layer's k by repeats of an id.
+                self.top_k[layer] = int(ids[0].unique().numel())
 
         return capture
 

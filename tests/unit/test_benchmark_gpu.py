@@ -215,7 +215,7 @@ def test_distinct_experts_count_decode_steps_only() -> None:
     recorder.start(2)
     layers = [recorder.of_layer(0), recorder.of_layer(1)]
     layers[0](torch.tensor([[0, 1], [2, 3], [4, 5]]))  # a prompt
-    layers[0](torch.tensor([[0, 1], [1, 2]]))
+    layers[0](torch.tensor([[0, 1, 1], [1, 2, 2]]))  # k = 2, padded to the widest layer's
     layers[1](torch.tensor([[7], [7]]))
     assert recorder.result() == {
         "batch": 2, "steps": 1, "distinct": 2.0, "per_layer": [3.0, 1.0], "sum_k": 3,
