@@ -10,6 +10,7 @@ import inspect
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def install() -> None:
     _wrap_engine_args(disabled)
     if not disabled:
         _wrap_factory()
-        _wrap_loader()
+        _wrap_worker()
     _installed = True
 
 
@@ -256,25 +257,44 @@ def _check_layer(name: str, runner: Any) -> None:
             f"{name}: the expert kernel of {kernel} routes inside itself and would ignore counterfactual "
             "routing: choose another --moe-backend"
         )
+    if type(runner.routed_experts).__name__ == compat.SUBSTITUTED_EXPERTS:
+        raise RoutingError(
+            f"{name}: experts replaced by constants (MoNE): not supported by counterfactual routing; serve "
+            "the model that was not pruned"
+        )
 
 
-def _wrap_loader() -> None:
-    """After the weights are loaded, every MoE layer must still be ours: kernels are chosen until then."""
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+def _wrap_worker() -> None:
+    """Whenever a worker has got weights, every MoE layer must still be ours, and each router reads them anew.
 
-    load_model = BaseModelLoader.load_model
+    Expert kernels are chosen until the weights are there, and LoRA wraps the experts after that; a router's
+    buffer holds the model's own correction bias, which a reload (vLLM's own, or a trainer's) replaces.
+    """
+    from vllm.v1.worker.worker_base import WorkerBase
 
-    @functools.wraps(load_model)
-    def load_with_cor(
-        self: Any, vllm_config: "VllmConfig", model_config: Any, prefix: str = ""
-    ) -> torch.nn.Module:
-        model = load_model(self, vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-        config = _config_of(vllm_config)
-        if config is not None:
-            _finish(model, vllm_config, _layers(config))
-        return model
+    initialise = WorkerBase.__init__
 
-    BaseModelLoader.load_model = load_with_cor
+    @functools.wraps(initialise)
+    def init_with_cor(self: Any, *args: Any, **kwargs: Any) -> None:
+        initialise(self, *args, **kwargs)
+        config = _config_of(self.vllm_config)
+        if config is None:
+            return
+        # The worker's class is not imported here: the CPU's must patch torch before vLLM's workers see it.
+        for name in ("load_model", "reload_weights", "finish_weight_update"):
+            if hasattr(self, name):
+                setattr(self, name, _then_finish(self, getattr(self, name), config))
+
+    WorkerBase.__init__ = init_with_cor
+
+
+def _then_finish(worker: Any, get_weights: Callable[..., None], config: CorConfig) -> Callable[..., None]:
+    @functools.wraps(get_weights)
+    def get_weights_with_cor(*args: Any, **kwargs: Any) -> None:
+        get_weights(*args, **kwargs)
+        _finish(worker.get_model(), worker.vllm_config, _layers(config))
+
+    return get_weights_with_cor
 
 
 def _finish(model: torch.nn.Module, engine: "VllmConfig", layers: dict[int, LayerRouting]) -> None:
