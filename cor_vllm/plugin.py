@@ -204,7 +204,8 @@ def _build_layer(original: Any, bound: inspect.BoundArguments, config: CorConfig
         module.create_fused_moe_router = create_router
     _check_layer(prefix, runner)
     if routing.bias is not None:
-        bias = routing.bias.to(engine.device_config.device)
+        # A copy on the CPU too: the buffer takes in the model's own correction bias, the plan must not.
+        bias = routing.bias.to(engine.device_config.device, copy=True)
         runner.register_buffer("cor_bias", bias, persistent=False)
         runner.router.bias = runner.cor_bias
     return runner
