@@ -4,6 +4,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 SUPPORTED = ((0, 32), (0, 34))
 
+# 0.33 loads MoNE checkpoints, in which constants take the place of experts, into experts of this class. Their
+# routing was never measured. Delete when CoR is tested on one.
+SUBSTITUTED_EXPERTS = "SubstitutedRoutedExperts"
+
 
 class UnsupportedVersion(RuntimeError):
     """A vLLM that the plugin does not know; routing by guesswork would be worse than not starting."""
@@ -31,3 +35,15 @@ def _installed() -> str:
         except PackageNotFoundError:
             continue
     raise UnsupportedVersion("vllm is not installed: pip install 'cor-vllm[gpu]'")
+
+
+class AlwaysAsked:
+    """Part of our router: no kernel that routes inside itself may serve its layer.
+
+    vLLM 0.33 asks a router for this, 0.32 goes by `routing_method_type` alone. Move it into CorRouter when
+    0.32 is no longer supported.
+    """
+
+    @property
+    def supports_monolithic_kernels(self) -> bool:
+        return False

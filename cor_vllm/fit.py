@@ -15,6 +15,7 @@ logger = logging.getLogger("vllm.cor")  # below vLLM's own, whose level and form
 
 # Formats whose files are the checkpoint itself, so that the routers in them can be compared.
 _SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors")
+_WITHOUT_DRAFT_MODEL = ("ngram", "ngram_gpu", "suffix")  # they guess from the text alone
 
 
 class MisfitError(ValueError):
@@ -39,10 +40,17 @@ def _check_engine(engine: "VllmConfig") -> None:
             "the Transformers backend routes in its own code, which counterfactual routing cannot reach: "
             "leave out --model-impl transformers"
         )
-    if engine.speculative_config is not None:
+    speculative = engine.speculative_config
+    if speculative is not None and speculative.method not in _WITHOUT_DRAFT_MODEL:
         raise MisfitError(
-            "speculative decoding is not supported with counterfactual routing (a draft head's expert layers "
-            "would be routed by another model's scores): leave out --speculative-config"
+            f"speculative decoding by {speculative.method!r} is not supported with counterfactual routing (a "
+            "draft model's expert layers would be routed by another model's scores): use one of "
+            f"{', '.join(_WITHOUT_DRAFT_MODEL)}, or leave out --speculative-config"
+        )
+    if engine.parallel_config.enable_elastic_ep:
+        raise MisfitError(
+            "elastic expert parallelism starts ranks that get their weights from other ranks, unnoticed by "
+            "counterfactual routing: leave out --enable-elastic-ep"
         )
     if engine.parallel_config.all2all_backend == "flashinfer_nvlink_one_sided":
         raise MisfitError(

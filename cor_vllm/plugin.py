@@ -49,7 +49,6 @@ def install() -> None:
         from cor_vllm import worker
 
         _wrap_factory()
-        _wrap_loader()
         worker.install()
     _installed = True
 
@@ -144,7 +143,7 @@ def scores_of(config: CorConfig) -> Scores:
 
 
 @functools.cache
-def _layers(config: CorConfig) -> dict[int, LayerRouting]:
+def layers_of(config: CorConfig) -> dict[int, LayerRouting]:
     return plan(config, scores_of(config))
 
 
@@ -198,7 +197,7 @@ def _build_layer(original: Any, bound: inspect.BoundArguments, config: CorConfig
     arguments = bound.arguments
     prefix = arguments["prefix"]
     _refuse_layer(prefix, arguments)
-    routing = _layers(config).get(extract_layer_index(prefix))
+    routing = layers_of(config).get(extract_layer_index(prefix))
     if routing is None:
         raise RoutingError(f"{prefix}: a MoE layer that the scores file does not have; calibrate this model")
     arguments["top_k"] = routing.top_k
@@ -210,7 +209,7 @@ def _build_layer(original: Any, bound: inspect.BoundArguments, config: CorConfig
             routing,
             options,
             logits_dtype=arguments["router_logits_dtype"] or engine.model_config.dtype,
-            widest=max(layer.top_k for layer in _layers(config).values()),
+            widest=max(layer.top_k for layer in layers_of(config).values()),
             weights=config.weights,
             seed=config.seed,
         )
@@ -224,7 +223,8 @@ def _build_layer(original: Any, bound: inspect.BoundArguments, config: CorConfig
         module.create_fused_moe_router = create_router
     _check_layer(prefix, runner)
     if routing.bias is not None:
-        bias = routing.bias.to(engine.device_config.device)
+        # A copy on the CPU too: the buffer takes in the model's own correction bias, the plan must not.
+        bias = routing.bias.to(engine.device_config.device, copy=True)
         runner.register_buffer("cor_bias", bias, persistent=False)
         runner.router.bias = runner.cor_bias
     return runner
@@ -277,28 +277,14 @@ def _check_layer(name: str, runner: Any) -> None:
             f"{name}: the expert kernel of {kernel} routes inside itself and would ignore counterfactual "
             "routing: choose another --moe-backend"
         )
+    if type(runner.routed_experts).__name__ == compat.SUBSTITUTED_EXPERTS:
+        raise RoutingError(
+            f"{name}: experts replaced by constants (MoNE): not supported by counterfactual routing; serve "
+            "the model that was not pruned"
+        )
 
 
-def _wrap_loader() -> None:
-    """After the weights are loaded, every MoE layer must still be ours: kernels are chosen until then."""
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-
-    load_model = BaseModelLoader.load_model
-
-    @functools.wraps(load_model)
-    def load_with_cor(
-        self: Any, vllm_config: "VllmConfig", model_config: Any, prefix: str = ""
-    ) -> torch.nn.Module:
-        model = load_model(self, vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-        config = config_of(vllm_config)
-        if config is not None:
-            _finish(model, vllm_config, _layers(config))
-        return model
-
-    BaseModelLoader.load_model = load_with_cor
-
-
-def _finish(model: torch.nn.Module, engine: "VllmConfig", layers: dict[int, LayerRouting]) -> None:
+def finish(model: torch.nn.Module, engine: "VllmConfig", layers: dict[int, LayerRouting]) -> None:
     """Check that every layer of the file is routed by us, and make each router ready to serve."""
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.models.utils import extract_layer_index

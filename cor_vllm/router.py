@@ -10,12 +10,13 @@ from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
+from cor_vllm.compat import AlwaysAsked
 from cor_vllm.config import LayerRouting, Weights
 from cor_vllm.kernels.dispatch import WARM_UP_TOKENS, cor_topk
 from cor_vllm.kernels.reference import probabilities, select
 
 
-class CorRouter(BaseRouter):
+class CorRouter(AlwaysAsked, BaseRouter):
     """Routes one MoE layer by counterfactual routing.
 
     It stands in front of the router that vLLM would have used (`stock`, built with this layer's k_l). Where
@@ -67,11 +68,6 @@ class CorRouter(BaseRouter):
     def routing_method_type(self) -> RoutingMethodType:
         """Custom: kernels that route inside themselves refuse it, so vLLM picks one that asks us."""
         return RoutingMethodType.Custom
-
-    @property
-    def supports_monolithic_kernels(self) -> bool:
-        """vLLM 0.33 asks this before it considers a kernel that routes inside itself."""
-        return False
 
     def set_capture_fn(self, capture_fn: Callable[[torch.Tensor], None] | None) -> None:
         """For --enable-return-routed-experts, whose buffer has one width for all layers.

@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from cor_vllm.config import CorConfig
 from cor_vllm.judge import as_rows, first_problem, judge
-from cor_vllm.plugin import RoutingError, config_of, scores_of
+from cor_vllm.plugin import RoutingError, config_of, finish, layers_of, scores_of
 
 
 def install() -> None:
@@ -19,15 +21,36 @@ def install() -> None:
     @functools.wraps(init)
     def init_with_cor(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        if config_of(self.vllm_config) is not None:
-            # On the instance, since each platform's worker has a method of its own.
-            self.determine_available_memory = functools.partial(
-                _checked_start, self, self.determine_available_memory
-            )
+        config = config_of(self.vllm_config)
+        if config is None:
+            return
+        # On the instance: each platform's worker has methods of its own, and its class is not imported here,
+        # since the CPU's must patch torch before vLLM's workers see it.
+        for name in ("load_model", "reload_weights", "finish_weight_update"):
+            if hasattr(self, name):
+                setattr(self, name, _then_finish(self, getattr(self, name), config))
+        self.determine_available_memory = functools.partial(
+            _checked_start, self, self.determine_available_memory
+        )
 
     WorkerBase.__init__ = init_with_cor
     WorkerBase.cor_probe_begin = _probe_begin
     WorkerBase.cor_probe_end = _probe_end
+
+
+def _then_finish(worker: Any, get_weights: Callable[..., None], config: CorConfig) -> Callable[..., None]:
+    """Whenever the worker has got weights, every MoE layer must still be ours, and each router reads them.
+
+    Expert kernels are chosen until the weights are there, and LoRA wraps the experts after that; a router's
+    buffer holds the model's own correction bias, which a reload (vLLM's own, or a trainer's) replaces.
+    """
+
+    @functools.wraps(get_weights)
+    def get_weights_with_cor(*args: Any, **kwargs: Any) -> None:
+        get_weights(*args, **kwargs)
+        finish(worker.get_model(), worker.vllm_config, layers_of(config))
+
+    return get_weights_with_cor
 
 
 @torch.inference_mode()

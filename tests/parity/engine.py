@@ -47,21 +47,31 @@ def generate(
     folder: Path, cor: dict[str, Any] | None = None, tokens: int = NEW_TOKENS, **engine: Any
 ) -> list[Completion]:
     """Greedy completions of PROMPTS by vLLM, in this process."""
-    from vllm import LLM, SamplingParams
-
-    additional = {"additional_config": {"cor": cor}} if cor else {}
-    llm = LLM(model=str(folder), **{**ENGINE, **additional, **engine})
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in PROMPTS],
-        SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0, prompt_logprobs=0),
-        use_tqdm=False,
-    )
+    llm = start(folder, cor, **engine)
+    answers = answer(llm, tokens)
     del llm
     gc.collect()
-    return [_completion(output) for output in outputs]
+    return answers
 
 
-def _completion(output: Any) -> Completion:
+def start(folder: Path, cor: dict[str, Any] | None = None, **engine: Any) -> Any:
+    """vLLM's LLM with ENGINE and what `engine` changes of it."""
+    from vllm import LLM
+
+    additional = {"additional_config": {"cor": cor}} if cor else {}
+    return LLM(model=str(folder), **{**ENGINE, **additional, **engine})
+
+
+def answer(llm: Any, tokens: int = NEW_TOKENS, **options: Any) -> list[Completion]:
+    """Greedy completions of PROMPTS; `options` are of LLM.generate."""
+    from vllm import SamplingParams
+
+    asked = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0, prompt_logprobs=0)
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    return [completion(output) for output in llm.generate(prompts, asked, use_tqdm=False, **options)]
+
+
+def completion(output: Any) -> Completion:
     tokens = list(output.outputs[0].token_ids)
     steps = zip(output.outputs[0].logprobs, tokens, strict=True)
     prompt = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)

@@ -5,12 +5,14 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cor_vllm import scores
+from cor_vllm import fit, scores
 from cor_vllm.config import ConfigError
 from cor_vllm.fit import MisfitError
 from cor_vllm.plugin import RoutingError
@@ -19,7 +21,6 @@ from tests.make_scores import config_of, make
 from tests.parity.engine import ENGINE, generate
 
 pytestmark = pytest.mark.slow
-NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +28,12 @@ def qwen(checkpoints) -> Path:
     return checkpoints["qwen3_moe"]
 
 
-def start(folder: Path, cor: object, **engine: object) -> None:
+def configured(folder: Path, cor: object, **engine: object) -> Any:
     """As far as the checks before the engine: what `vllm serve` and LLM() both run first."""
     from vllm.engine.arg_utils import EngineArgs
 
     options = {k: v for k, v in ENGINE.items() if k != "compilation_config"}
-    EngineArgs(str(folder), **options, additional_config={"cor": cor}, **engine).create_engine_config()
+    return EngineArgs(str(folder), **options, additional_config={"cor": cor}, **engine).create_engine_config()
 
 
 def write(
@@ -56,7 +57,7 @@ def caplog_vllm(caplog, monkeypatch):
 
 
 def test_a_file_that_fits_starts(qwen, tmp_path):
-    start(qwen, write(qwen, tmp_path))
+    configured(qwen, write(qwen, tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_a_file_that_fits_starts(qwen, tmp_path):
 )
 def test_a_file_of_another_model(qwen, tmp_path, changes, says):
     with pytest.raises(MisfitError, match=says) as caught:
-        start(qwen, write(qwen, tmp_path, changes))
+        configured(qwen, write(qwen, tmp_path, changes))
     assert "\n" not in str(caught.value)
     assert "cor-vllm calibrate" in str(caught.value)  # the remedy
 
@@ -85,7 +86,7 @@ def test_a_file_with_other_layers(qwen, tmp_path):
     path = tmp_path / "scores.safetensors"
     scores.save(path, dataclasses.replace(values, **fewer, config=config))
     with pytest.raises(MisfitError, match="number of MoE layers: the scores file has 2, the model has 3"):
-        start(qwen, {"scores": str(path)})
+        configured(qwen, {"scores": str(path)})
 
 
 def test_weights_that_were_trained_on(qwen, tmp_path):
@@ -96,7 +97,7 @@ def test_weights_that_were_trained_on(qwen, tmp_path):
     weights[name][0, 0] += 1
     save_file(weights, changed / "model.safetensors", {"format": "pt"})
     with pytest.raises(MisfitError, match="fingerprint"):
-        start(changed, write(qwen, tmp_path))
+        configured(changed, write(qwen, tmp_path))
 
 
 def test_a_requantised_copy_keeps_its_fingerprint(qwen, tmp_path):
@@ -108,23 +109,42 @@ def test_a_requantised_copy_keeps_its_fingerprint(qwen, tmp_path):
     for part, half in enumerate((names[::2], names[1::2])):
         shard = {n: weights[n].bfloat16() if ".experts." in n else weights[n] for n in half}
         save_file(shard, copy / f"model-{part}.safetensors", {"format": "pt"})
-    start(copy, write(qwen, tmp_path))
+    configured(copy, write(qwen, tmp_path))
 
 
 @pytest.mark.parametrize(
     ("engine", "says"),
     [
         ({"model_impl": "transformers"}, "Transformers backend"),
-        (
-            {"speculative_config": NGRAM},
-            "speculative",
-        ),
+        ({"all2all_backend": "flashinfer_nvlink_one_sided"}, "flashinfer_nvlink_one_sided"),
         ({"load_format": "sharded_state"}, "load format 'sharded_state'"),
     ],
 )
 def test_engines_that_cannot_be_routed(qwen, tmp_path, engine, says):
     with pytest.raises(MisfitError, match=says):
-        start(qwen, write(qwen, tmp_path), **engine)
+        configured(qwen, write(qwen, tmp_path), **engine)
+
+
+def test_a_draft_model(qwen, tmp_path):
+    draft = {"method": "draft_model", "model": str(qwen), "num_speculative_tokens": 2}
+    with pytest.raises(MisfitError, match="speculative decoding by 'draft_model'"):
+        configured(qwen, write(qwen, tmp_path), speculative_config=draft)
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "dflash"])
+def test_draft_heads(qwen, tmp_path, method):
+    """As the check sees them: without the head's own checkpoint vLLM does not get as far."""
+    engine = configured(qwen, write(qwen, tmp_path))
+    engine.speculative_config = SimpleNamespace(method=method)
+    with pytest.raises(MisfitError, match=f"speculative decoding by '{method}'"):
+        fit._check_engine(engine)
+
+
+def test_elastic_expert_parallelism(qwen, tmp_path):
+    engine = configured(qwen, write(qwen, tmp_path))
+    engine.parallel_config.enable_elastic_ep = True  # vLLM itself takes it on GPUs only
+    with pytest.raises(MisfitError, match="elastic expert parallelism"):
+        fit._check_engine(engine)
 
 
 @pytest.mark.parametrize(
@@ -144,25 +164,25 @@ def test_engines_that_cannot_be_routed(qwen, tmp_path, engine, says):
 )
 def test_options_that_contradict(qwen, tmp_path, options, says):
     with pytest.raises(ConfigError, match=says):
-        start(qwen, {**write(qwen, tmp_path), **options})
+        configured(qwen, {**write(qwen, tmp_path), **options})
 
 
 def test_options_that_are_no_object(qwen):
     with pytest.raises(ConfigError, match="cor"):
-        start(qwen, "scores.safetensors")
+        configured(qwen, "scores.safetensors")
 
 
 def test_a_broken_file(qwen, tmp_path):
     path = tmp_path / "scores.safetensors"
     path.write_bytes(b"no")
     with pytest.raises(ScoresError, match="header"):
-        start(qwen, {"scores": str(path)})
+        configured(qwen, {"scores": str(path)})
     with pytest.raises(ScoresError, match="No such file"):
-        start(qwen, {"scores": str(tmp_path / "absent")})
+        configured(qwen, {"scores": str(tmp_path / "absent")})
 
 
 def test_dummy_weights_have_no_fingerprint_to_compare(qwen, tmp_path):
-    start(qwen, write(qwen, tmp_path, {"fingerprint": "0" * 64}), load_format="dummy")
+    configured(qwen, write(qwen, tmp_path, {"fingerprint": "0" * 64}), load_format="dummy")
 
 
 def layer_arguments(monkeypatch, **change: object) -> None:
@@ -268,7 +288,7 @@ def test_a_file_whose_own_check_says_that_it_hurts_warns(qwen, tmp_path, caplog_
     raw["heldout"] = {"positions": 9, "hard_positions": 1, "modes": {"full": {"all": loss, "hard": loss}}}
     path = tmp_path / "scores.safetensors"
     scores.save(path, dataclasses.replace(values, config=type(values.config).model_validate(raw)))
-    start(qwen, {"scores": str(path), "mode": "expert"})
+    configured(qwen, {"scores": str(path), "mode": "expert"})
     assert "worse" not in caplog_vllm.text
-    start(qwen, {"scores": str(path)})
+    configured(qwen, {"scores": str(path)})
     assert "mode full is worse than stock routing by 0.0300 ± 0.0100 nats" in caplog_vllm.text
