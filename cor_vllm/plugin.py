@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cor_vllm import compat, fit, flags
-from cor_vllm.config import ConfigError, CorConfig, LayerRouting, plan
-from cor_vllm.scores import Scores, ScoresError, digest, parse, read_bytes
+from cor_vllm import compat, control, endpoint, fit, flags
+from cor_vllm.config import CorConfig, LayerRouting, plan
+from cor_vllm.observe import COUNTERS
+from cor_vllm.process import config_of, layers_of
+from cor_vllm.scores import Scores, digest, parse, read_bytes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,6 +50,8 @@ def install() -> None:
     if not disabled:
         _wrap_factory()
         _wrap_loader()
+        control.install()
+        endpoint.install()
     _installed = True
 
 
@@ -75,12 +79,13 @@ def _wrap_engine_args(disabled: bool) -> None:
             logger.warning("CoR: COR_DISABLE is set; serving with the model's own routing")
             self.additional_config = {k: v for k, v in self.additional_config.items() if k != "cor"}
             return create_engine_config(self, *args, **kwargs)
-        config, data = _resolve(options)
-        scores = parse(data, config.scores)
+        config, scores = _resolve(options)
         self.additional_config = {**self.additional_config, "cor": _dump(config)}
         engine = create_engine_config(self, *args, **kwargs)
         fit.check(config, scores, engine)
-        _log_start(config, scores)
+        # Of several API servers, each of which comes here, the process that starts them speaks for all.
+        if self._api_process_count == 1 or self._api_process_rank < 0:
+            _log_start(config, scores)
         return engine
 
     EngineArgs.add_cli_args = staticmethod(add_with_cor)
@@ -88,12 +93,14 @@ def _wrap_engine_args(disabled: bool) -> None:
     EngineArgs.create_engine_config = create_with_cor
 
 
-def _resolve(options: Any) -> tuple[CorConfig, bytes]:
-    """The validated options with an absolute path and the file's digest, and the file's bytes."""
+def _resolve(options: Any) -> tuple[CorConfig, Scores]:
+    """The validated options with an absolute path, the file's digest and defaults; and the file."""
     config = CorConfig.of(options)
     path = str(Path(config.scores).absolute())
     data = read_bytes(path)
-    return config.model_copy(update={"scores": path, "sha256": digest(data)}), data
+    scores = parse(data, path)
+    config = config.resolved(scores.config.serving)
+    return config.model_copy(update={"scores": path, "sha256": digest(data)}), scores
 
 
 def _dump(config: CorConfig) -> dict[str, Any]:
@@ -103,43 +110,18 @@ def _dump(config: CorConfig) -> dict[str, Any]:
 
 def _log_start(config: CorConfig, scores: Scores) -> None:
     layers = plan(config, scores).values()
-    mode = "static k" if config.static_k else config.mode or scores.config.serving.mode
+    mode = config.mode or "static k"
     logger.info(
         "CoR: %s, %d MoE layers, %d of them with λ·CEI, Σ k_l = %d (the model's own %d), scores %s",
         mode,
         len(layers),
-        sum(layer.bias is not None for layer in layers),
+        sum(layer.biased for layer in layers),
         sum(layer.top_k for layer in layers),
         scores.num_layers * scores.config.model.top_k,
         config.scores,
     )
     if scores.config.heldout and (harm := scores.config.heldout.harm(mode)):
         logger.warning("CoR: %s", harm)
-
-
-@functools.cache
-def _layers(config: CorConfig) -> dict[int, LayerRouting]:
-    """The routing of this process, from the very file that the engine was started with."""
-    data = read_bytes(config.scores)
-    if digest(data) != config.sha256:
-        raise ScoresError(
-            f"{config.scores}: the file has changed since the engine was started, or differs on this node; "
-            "restart the server, and keep one copy of the file on every node"
-        )
-    return plan(config, parse(data, config.scores))
-
-
-def _config_of(engine: "VllmConfig") -> CorConfig | None:
-    additional = engine.additional_config
-    options = additional.get("cor") if isinstance(additional, dict) else None
-    if options is None:
-        return None
-    config = CorConfig.of(options)
-    if config.sha256 is None:
-        raise ConfigError(
-            "cor: the engine was configured without the plugin; is VLLM_PLUGINS set to leave out cor?"
-        )
-    return config
 
 
 def _wrap_factory() -> None:
@@ -153,7 +135,7 @@ def _wrap_factory() -> None:
 
     @functools.wraps(original)
     def factory(*args: Any, **kwargs: Any) -> Any:
-        config = _config_of(get_current_vllm_config())
+        config = config_of(get_current_vllm_config())
         if config is None:
             return original(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
@@ -178,7 +160,7 @@ def _build_layer(original: Any, bound: inspect.BoundArguments, config: CorConfig
     arguments = bound.arguments
     prefix = arguments["prefix"]
     _refuse_layer(prefix, arguments)
-    routing = _layers(config).get(extract_layer_index(prefix))
+    routing = layers_of(config).get(extract_layer_index(prefix))
     if routing is None:
         raise RoutingError(f"{prefix}: a MoE layer that the scores file does not have; calibrate this model")
     arguments["top_k"] = routing.top_k
@@ -190,6 +172,7 @@ def _build_layer(original: Any, bound: inspect.BoundArguments, config: CorConfig
             routing,
             options,
             logits_dtype=arguments["router_logits_dtype"] or engine.model_config.dtype,
+            num_experts=arguments["num_experts"],
             weights=config.weights,
             seed=config.seed,
         )
@@ -203,9 +186,14 @@ def _build_layer(original: Any, bound: inspect.BoundArguments, config: CorConfig
         module.create_fused_moe_router = create_router
     _check_layer(prefix, runner)
     if routing.bias is not None:
-        bias = routing.bias.to(engine.device_config.device)
+        # A copy even on the CPU: it will be written to, and the plan is kept.
+        bias = routing.bias.to(engine.device_config.device, copy=True)
         runner.register_buffer("cor_bias", bias, persistent=False)
         runner.router.bias = runner.cor_bias
+    if config.observe:
+        counts = torch.zeros(len(COUNTERS), dtype=torch.int64, device=engine.device_config.device)
+        runner.register_buffer("cor_counts", counts, persistent=False)
+        runner.router.counts = runner.cor_counts
     return runner
 
 
@@ -269,9 +257,9 @@ def _wrap_loader() -> None:
         self: Any, vllm_config: "VllmConfig", model_config: Any, prefix: str = ""
     ) -> torch.nn.Module:
         model = load_model(self, vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-        config = _config_of(vllm_config)
+        config = config_of(vllm_config)
         if config is not None:
-            _finish(model, vllm_config, _layers(config))
+            _finish(model, vllm_config, layers_of(config))
         return model
 
     BaseModelLoader.load_model = load_with_cor
