@@ -1,16 +1,19 @@
 """What `additional_config["cor"]` means: one validated object, and the routing of each layer that follows."""
 
 import dataclasses
+import hashlib
+import json
 import os
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cor_vllm.metadata import Mode
+from cor_vllm.metadata import Mode, ServingInfo
 from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
 
 Weights = Literal["router", "fused"]
+WITHOUT_LAMBDA = ("layer", "random", "off")  # modes
 
 
 class ConfigError(ValueError):
@@ -60,6 +63,8 @@ class CorConfig(BaseModel):
     static_k: int | None = Field(default=None, ge=1)
     weights: Weights = "router"
     seed: int = Field(default=0, ge=0, lt=2**31)
+    admin: bool = False  # POST /v1/cor may change λ and mode
+    observe: bool = False  # count on the device what the routing does
     sha256: str | None = None
 
     @model_validator(mode="after")
@@ -71,8 +76,11 @@ class CorConfig(BaseModel):
             raise ValueError("static_k routes by the model's own score: leave out mode, lambda and swap_rate")
         if self.mode == "random" and self.weights == "fused":
             raise ValueError("weights 'fused' take the score, which mode 'random' draws: use 'router'")
-        if self.mode in ("layer", "random", "off") and biased:
+        if self.mode in WITHOUT_LAMBDA and biased:
             raise ValueError(f"mode {self.mode!r} has no λ: leave out lambda and swap_rate")
+        if self.admin and (self.static_k is not None or self.mode == "random"):
+            control = "static_k" if self.static_k is not None else "mode 'random'"
+            raise ValueError(f"{control} has no λ or mode to change while serving: leave out admin")
         return self
 
     @classmethod
@@ -86,6 +94,46 @@ class CorConfig(BaseModel):
             value = f", got {first['input']!r}" if first["loc"] else ""
             raise ConfigError(f"{name}: {first['msg'].removeprefix('Value error, ')}{value}") from None
 
+    def resolved(self, serving: ServingInfo) -> "CorConfig":
+        """These options with the mode and λ that the scores file adds where they have none.
+
+        Raises:
+            ConfigError: the file's mode contradicts an option.
+        """
+        if self.static_k is not None:
+            return self
+        mode = self.mode or serving.mode
+        given = {**self.model_dump(by_alias=True), "mode": mode}
+        if mode not in WITHOUT_LAMBDA and self.lambda_ is None and self.swap_rate is None:
+            given["lambda"] = serving.lambda_
+        return CorConfig.of(given)
+
+    def changed(self, lambda_: float | None, mode: Mode | None) -> "CorConfig":
+        """These options, resolved, with another λ or mode while the server runs; None stays as it is.
+
+        A mode without λ keeps the λ before it, for the time when a mode with λ comes back.
+
+        Raises:
+            ConfigError: there is nothing that it could mean.
+        """
+        if not self.admin:
+            raise ConfigError("this server was started without --cor-admin: its λ and mode are fixed")
+        new = mode or self.mode
+        if new == "random":
+            raise ConfigError("mode 'random' cannot be entered while serving: restart with --cor-mode random")
+        if lambda_ is None:
+            return self.model_copy(update={"mode": new})
+        if new in WITHOUT_LAMBDA:
+            raise ConfigError(f"mode {new!r} has no λ: give mode 'full' or 'expert' with it")
+        return self.model_copy(update={"mode": new, "lambda_": lambda_, "swap_rate": None})
+
+    def routing_digest(self) -> str:
+        """SHA-256 of everything in the resolved options that changes which experts a token gets."""
+        routing = self.model_dump(exclude={"scores", "admin", "observe"})
+        if self.mode in WITHOUT_LAMBDA:
+            routing.update(lambda_=None, swap_rate=None)
+        return hashlib.sha256(json.dumps(routing, sort_keys=True).encode()).hexdigest()
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerRouting:
@@ -95,6 +143,12 @@ class LayerRouting:
     top_k: int
     bias: torch.Tensor | None  # [N] float32, λ_l·CEI_l; None: the model's own score
     random: bool  # the score is drawn, for the paper's control
+    lambda_: float = 0.0  # 0 where the mode has none
+
+    @property
+    def biased(self) -> bool:
+        """Whether λ·CEI can change which experts this layer chooses."""
+        return self.bias is not None and bool(self.bias.any())
 
 
 def plan(config: CorConfig, scores: Scores) -> dict[int, LayerRouting]:
@@ -105,10 +159,11 @@ def plan(config: CorConfig, scores: Scores) -> dict[int, LayerRouting]:
         scores: the scores file that they name.
 
     Returns:
-        One LayerRouting per MoE layer of the file.
+        One LayerRouting per MoE layer of the file. With `admin` each has a bias, zeros where the mode has no
+        λ: a captured graph adds the buffer that it was captured with, or none for ever.
 
     Raises:
-        ConfigError: static_k exceeds the number of experts.
+        ConfigError: static_k exceeds the number of experts, or λ the range of float32.
 
     Source: method.md, "Online routing" and "Modes".
     """
@@ -118,15 +173,18 @@ def plan(config: CorConfig, scores: Scores) -> dict[int, LayerRouting]:
     lambdas = _lambdas(config, scores)
     layers = {}
     for row, layer_index in enumerate(scores.layer_index.tolist()):
-        top_k, bias = model.top_k, None
+        top_k, bias, lambda_ = model.top_k, None, 0.0
         if config.static_k is not None:
             top_k = config.static_k
         elif mode in ("full", "layer", "random"):
             top_k = int(scores.k[row])
         if config.static_k is None and mode in ("full", "expert"):
-            bias = _bias(scores.cei[row], lambdas[row], config.weights)
+            lambda_ = lambdas[row]
+            bias = _bias(scores.cei[row], lambda_, config.weights)
+        if config.admin and bias is None:
+            bias = torch.zeros(model.num_experts)
         is_random = config.static_k is None and mode == "random"
-        layers[layer_index] = LayerRouting(layer_index, top_k, bias, is_random)
+        layers[layer_index] = LayerRouting(layer_index, top_k, bias, is_random, lambda_)
     return layers
 
 
@@ -136,6 +194,8 @@ def _bias(cei: torch.Tensor, lambda_: float, weights: Weights) -> torch.Tensor |
         # A constant changes no order; taking it out keeps more bits for what does. Fused weights contain it.
         cei = cei - cei.min()
     bias = (lambda_ * cei).float()
+    if not bias.isfinite().all():
+        raise ConfigError(f"cor.lambda: {lambda_}, more than float32 holds; 0.05 to 0.2 is the stable range")
     return bias if bias.any() else None
 
 

@@ -15,6 +15,8 @@ _ARGUMENTS = {
     "static_k": "cor_static_k",
     "weights": "cor_weights",
     "seed": "cor_seed",
+    "admin": "cor_admin",
+    "observe": "cor_observe",
 }
 
 
@@ -60,6 +62,21 @@ def add(parser: Any) -> Any:
         "renormalised.",
     )
     group.add_argument("--cor-seed", type=int, help="Seed of --cor-mode random. Default: 0.")
+    # default None, not False: a flag that was not given must not count as given.
+    group.add_argument(
+        "--cor-admin",
+        action="store_true",
+        default=None,
+        help="Let POST /v1/cor change lambda and mode while serving (see --api-key). Without it the endpoint "
+        "only reads.",
+    )
+    group.add_argument(
+        "--cor-observe",
+        action="store_true",
+        default=None,
+        help="Count expert slots changed by the routing and distinct experts per layer, on the device, for "
+        "/metrics.",
+    )
     return parser
 
 

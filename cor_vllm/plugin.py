@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cor_vllm import compat, fit, flags
-from cor_vllm.config import ConfigError, CorConfig, CorOptions, LayerRouting, disabled, plan
-from cor_vllm.scores import Scores, ScoresError, digest, parse, read_bytes
+from cor_vllm import compat, control, endpoint, fit, flags
+from cor_vllm.config import CorConfig, CorOptions, LayerRouting, disabled, plan
+from cor_vllm.observe import COUNTERS
+from cor_vllm.process import config_of, layers_of
+from cor_vllm.scores import Scores, digest, parse, read_bytes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -50,6 +52,8 @@ def install() -> None:
 
         _wrap_factory()
         worker.install()
+        control.install()
+        endpoint.install()
     _installed = True
 
 
@@ -77,14 +81,15 @@ def _wrap_engine_args(off: bool) -> None:
             logger.warning("CoR: COR_DISABLE is set; serving with the model's own routing")
             self.additional_config = {k: v for k, v in self.additional_config.items() if k != "cor"}
             return create_engine_config(self, *args, **kwargs)
-        config, data = _resolve(options)
-        scores = parse(data, config.scores)
+        config, scores = _resolve(options)
         layers = plan(config, scores)
         self.additional_config = {**self.additional_config, "cor": _dump(config)}
         engine = create_engine_config(self, *args, **kwargs)
         fit.check(config, scores, engine)
         widen_capture(engine, layers)
-        _log_start(config, scores, layers)
+        # Of several API servers, each of which comes here, the process that starts them speaks for all.
+        if self._api_process_count == 1 or self._api_process_rank < 0:
+            _log_start(config, scores, layers)
         return engine
 
     EngineArgs.add_cli_args = staticmethod(add_with_cor)
@@ -92,12 +97,14 @@ def _wrap_engine_args(off: bool) -> None:
     EngineArgs.create_engine_config = create_with_cor
 
 
-def _resolve(options: Any) -> tuple[CorConfig, bytes]:
-    """The validated options with an absolute path and the file's digest, and the file's bytes."""
+def _resolve(options: Any) -> tuple[CorConfig, Scores]:
+    """The validated options with an absolute path, the file's digest and defaults; and the file."""
     config = CorConfig.of(options)
     path = str(Path(config.scores).absolute())
     data = read_bytes(path)
-    return config.model_copy(update={"scores": path, "sha256": digest(data)}), data
+    scores = parse(data, path)
+    config = config.resolved(scores.config.serving)
+    return config.model_copy(update={"scores": path, "sha256": digest(data)}), scores
 
 
 def _dump(config: CorConfig) -> CorOptions:
@@ -116,49 +123,18 @@ def widen_capture(engine: "VllmConfig", layers: dict[int, LayerRouting]) -> None
 
 
 def _log_start(config: CorConfig, scores: Scores, layers: dict[int, LayerRouting]) -> None:
-    mode = "static k" if config.static_k else config.mode or scores.config.serving.mode
+    mode = config.mode or "static k"
     logger.info(
         "CoR: %s, %d MoE layers, %d of them with λ·CEI, Σ k_l = %d (the model's own %d), scores %s",
         mode,
         len(layers),
-        sum(layer.bias is not None for layer in layers.values()),
+        sum(layer.biased for layer in layers.values()),
         sum(layer.top_k for layer in layers.values()),
         scores.num_layers * scores.config.model.top_k,
         config.scores,
     )
     if scores.config.heldout and (harm := scores.config.heldout.harm(mode)):
         logger.warning("CoR: %s", harm)
-
-
-@functools.cache
-def scores_of(config: CorConfig) -> Scores:
-    """The very file that the engine was started with, read once per process."""
-    data = read_bytes(config.scores)
-    if digest(data) != config.sha256:
-        raise ScoresError(
-            f"{config.scores}: the file has changed since the engine was started, or differs on this node; "
-            "restart the server, and keep one copy of the file on every node"
-        )
-    return parse(data, config.scores)
-
-
-@functools.cache
-def layers_of(config: CorConfig) -> dict[int, LayerRouting]:
-    return plan(config, scores_of(config))
-
-
-def config_of(engine: "VllmConfig") -> CorConfig | None:
-    """The options that an engine was configured with; None where it was not."""
-    additional = engine.additional_config
-    options = additional.get("cor") if isinstance(additional, dict) else None
-    if options is None:
-        return None
-    config = CorConfig.of(options)
-    if config.sha256 is None:
-        raise ConfigError(
-            "cor: the engine was configured without the plugin; is VLLM_PLUGINS set to leave out cor?"
-        )
-    return config
 
 
 def _wrap_factory() -> None:
@@ -210,6 +186,7 @@ def _build_layer(original: Any, bound: inspect.BoundArguments, config: CorConfig
             options,
             logits_dtype=arguments["router_logits_dtype"] or engine.model_config.dtype,
             widest=max(layer.top_k for layer in layers_of(config).values()),
+            num_experts=arguments["num_experts"],
             weights=config.weights,
             seed=config.seed,
         )
@@ -223,10 +200,14 @@ def _build_layer(original: Any, bound: inspect.BoundArguments, config: CorConfig
         module.create_fused_moe_router = create_router
     _check_layer(prefix, runner)
     if routing.bias is not None:
-        # A copy on the CPU too: the buffer takes in the model's own correction bias, the plan must not.
+        # A copy even on the CPU: it will be written to, and the plan is kept.
         bias = routing.bias.to(engine.device_config.device, copy=True)
         runner.register_buffer("cor_bias", bias, persistent=False)
         runner.router.bias = runner.cor_bias
+    if config.observe:
+        counts = torch.zeros(len(COUNTERS), dtype=torch.int64, device=engine.device_config.device)
+        runner.register_buffer("cor_counts", counts, persistent=False)
+        runner.router.counts = runner.cor_counts
     return runner
 
 

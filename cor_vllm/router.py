@@ -10,6 +10,7 @@ from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
+from cor_vllm import observe
 from cor_vllm.compat import AlwaysAsked
 from cor_vllm.config import LayerRouting, Weights
 from cor_vllm.kernels.dispatch import WARM_UP_TOKENS, cor_topk
@@ -29,6 +30,7 @@ class CorRouter(AlwaysAsked, BaseRouter):
         options: what vLLM made `stock` with, the arguments of its create_fused_moe_router.
         logits_dtype: of the router logits that will come.
         widest: the most experts that any layer selects.
+        num_experts: N, columns of the router logits.
         weights: what weighs the experts, the router's probability or the score.
         seed: of mode `random`.
     """
@@ -41,6 +43,7 @@ class CorRouter(AlwaysAsked, BaseRouter):
         *,
         logits_dtype: torch.dtype,
         widest: int,
+        num_experts: int,
         weights: Weights,
         seed: int,
     ) -> None:
@@ -49,6 +52,7 @@ class CorRouter(AlwaysAsked, BaseRouter):
         self.layer = layer
         self.logits_dtype = logits_dtype
         self.widest = widest
+        self.num_experts = num_experts
         self.fused = weights == "fused"
         self.seed = seed
         self.renormalize: bool = options["renormalize"]
@@ -56,13 +60,15 @@ class CorRouter(AlwaysAsked, BaseRouter):
         self.scale: float = options["routed_scaling_factor"]
         self.correction_bias: torch.Tensor | None = options["e_score_correction_bias"]
         grouped = options["use_grouped_topk"] and options["num_expert_group"] > 1
-        self.groups = {
+        self.groups: dict[str, Any] = {
             "num_expert_group": options["num_expert_group"] if grouped else 1,
             "topk_group": options["topk_group"] if grouped else 1,
         }
+        self.on_cpu = isinstance(stock, CPURouter)
         # Where the stock router would mark padding rows; expert kernels skip them.
-        self.marks_padding = not isinstance(stock, CPURouter) and (options["skip_padding"] or not grouped)
+        self.marks_padding = not self.on_cpu and (options["skip_padding"] or not grouped)
         self.bias = layer.bias  # [N] float32; the plugin replaces it by the layer's buffer on the device
+        self.counts: torch.Tensor | None = None  # int64, observe.COUNTERS; a buffer that the plugin sets
 
     @property
     def routing_method_type(self) -> RoutingMethodType:
@@ -86,23 +92,34 @@ class CorRouter(AlwaysAsked, BaseRouter):
 
     def weights_loaded(self) -> None:
         """Make ready to serve, once the model's own parameters have their values."""
-        if self.bias is None:
-            return
-        assert self.layer.bias is not None, "a router has a buffer where its layer has λ·CEI"
+        if self.bias is not None:
+            self._fill_bias()
+        buffer = self.counts if self.bias is None else self.bias
+        if buffer is not None and buffer.is_cuda:
+            self._compile_kernel(buffer.device)
+
+    def change(self, layer: LayerRouting) -> None:
+        """Route by another λ·CEI from the next forward on; k_l is part of graphs and must be the same."""
+        assert layer.top_k == self.top_k and layer.random == self.layer.random, "parts of captured graphs"
+        self.layer = layer
+        self._fill_bias()
+
+    def _fill_bias(self) -> None:
+        assert self.bias is not None and self.layer.bias is not None, "a buffer where the layer has λ·CEI"
         bias = self.layer.bias.to(self.bias.device)
         # In place: CUDA graphs replay the address.
         self.bias.copy_(bias if self.correction_bias is None else bias + self.correction_bias)
-        if self.bias.is_cuda:
-            self._compile_kernel()
 
-    def _compile_kernel(self) -> None:
+    def _compile_kernel(self, device: torch.device) -> None:
         """All variants that serving will need: later one would stall requests, or break a graph capture."""
-        assert self.bias is not None, "only a biased layer uses the kernel"
         for tokens in WARM_UP_TOKENS:
-            logits = torch.zeros((tokens, len(self.bias)), dtype=self.logits_dtype, device=self.bias.device)
-            no_padding = torch.zeros(tokens, dtype=torch.bool, device=self.bias.device)
+            logits = torch.zeros((tokens, self.num_experts), dtype=self.logits_dtype, device=device)
+            no_padding = torch.zeros(tokens, dtype=torch.bool, device=device)
             for is_padding in (no_padding, None):
-                self._route(logits, torch.int32, is_padding)
+                if self.bias is not None:
+                    self._route(logits, torch.int32, is_padding)
+            if self.counts is not None:
+                self._own_ids(logits)
 
     def _compute_routing(
         self,
@@ -113,11 +130,23 @@ class CorRouter(AlwaysAsked, BaseRouter):
         input_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Select this layer's experts: (topk_weights [T, k_l] float32, topk_ids [T, k_l])."""
-        if self.bias is None and not self.layer.random and not self.fused:
-            return self.stock._compute_routing(
+        own = self.bias is None and not self.layer.random and not self.fused
+        if own:
+            weights, ids = self.stock._compute_routing(
                 hidden_states, router_logits, indices_type, input_ids=input_ids
             )
-        return self._route(router_logits, indices_type or torch.int32, self._padding(len(router_logits)))
+        else:
+            padding = self._padding(len(router_logits))
+            weights, ids = self._route(router_logits, indices_type or torch.int32, padding)
+        if self.counts is not None:
+            own_ids = None if own else self._own_ids(router_logits)
+            observe.count(self.counts, ids, own_ids, self.num_experts, self._rows_without_token(len(ids)))
+        return weights, ids
+
+    def _own_ids(self, router_logits: torch.Tensor) -> torch.Tensor:
+        """[T, k_l]: the experts that the model's own score would have chosen."""
+        bias = None if self.correction_bias is None else self.correction_bias.float()
+        return cor_topk(router_logits, bias, self.top_k, False, self.scoring_func, **self.groups)[1]
 
     def _route(
         self, router_logits: torch.Tensor, indices_type: torch.dtype, is_padding: torch.Tensor | None
@@ -137,8 +166,13 @@ class CorRouter(AlwaysAsked, BaseRouter):
         )
 
     def _padding(self, tokens: int) -> torch.Tensor | None:
-        """[tokens] bool, the rows that only fill up a CUDA graph; None where vLLM does not mark them."""
-        if not (self.marks_padding and envs.VLLM_MOE_SKIP_PADDING and is_forward_context_available()):
+        """[tokens] bool, the rows to mark as padding; None where vLLM marks none."""
+        marked = self.marks_padding and envs.VLLM_MOE_SKIP_PADDING
+        return self._rows_without_token(tokens) if marked else None
+
+    def _rows_without_token(self, tokens: int) -> torch.Tensor | None:
+        """[tokens] bool, the rows that only fill up a CUDA graph; None on the CPU, which has none."""
+        if self.on_cpu or not is_forward_context_available():
             return None
         is_padding = get_forward_context().is_padding
         return None if is_padding is None else is_padding[:tokens]

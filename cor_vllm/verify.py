@@ -77,7 +77,7 @@ def inspect(llm: Any) -> dict[str, Any]:
     """
     from vllm import SamplingParams
 
-    from cor_vllm.plugin import config_of, scores_of
+    from cor_vllm.process import config_of, scores_of
 
     config = llm.llm_engine.vllm_config
     options = config_of(config)

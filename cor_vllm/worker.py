@@ -9,7 +9,8 @@ import torch
 
 from cor_vllm.config import CorConfig
 from cor_vllm.judge import as_rows, first_problem, judge
-from cor_vllm.plugin import RoutingError, config_of, finish, layers_of, scores_of
+from cor_vllm.plugin import RoutingError, finish
+from cor_vllm.process import config_of, layers_of, scores_of
 
 
 def install() -> None:

@@ -17,6 +17,9 @@ VLLM_SIDE = {
     "worker.py",
     "probe.py",
     "verify.py",
+    "control.py",
+    "endpoint.py",
+    "metrics.py",
 }  # the rooms that may name vllm
 
 
