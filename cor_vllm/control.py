@@ -162,8 +162,11 @@ def core_change(core: Any, lambda_: float | None, mode: Mode | None) -> str:
         return refused
     config = _current(core)
     assert config is not None, "core_check said so"
-    core.collective_rpc("cor_apply", args=(config.changed(lambda_, mode),))
-    core.cor_config = config.changed(lambda_, mode)
+    changed = config.changed(lambda_, mode)
+    if changed == config:
+        return ""
+    core.collective_rpc("cor_apply", args=(changed,))
+    core.cor_config = changed
     core.reset_prefix_cache(reset_running_requests=True)
     for request in core.scheduler.requests.values():
         _renew_salt(core, request)

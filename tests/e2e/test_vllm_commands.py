@@ -148,7 +148,7 @@ def test_bench_throughput(model, file, tmp_path):
 def test_flags_are_in_the_help():
     done = run("serve", "--help=CoRConfig")
     assert done.returncode == 0
-    for flag in ("scores", "lambda", "swap-rate", "mode", "static-k", "weights", "seed"):
+    for flag in ("scores", "lambda", "swap-rate", "mode", "static-k", "weights", "seed", "admin", "observe"):
         assert f"--cor-{flag}" in done.stdout
 
 

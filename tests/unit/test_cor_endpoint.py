@@ -158,7 +158,7 @@ def malformed() -> list[bytes]:
         b'{"lambda": 0x10}', b'{"lambda_": 0.1}', b'{"Lambda": 0.1}', '{"λ": 0.1}'.encode(),
         b'{"mode": "on"}',
         b'{"mode": ""}', b'{"mode": "OFF"}', b'{"mode": 1}', b'{"mode": ["off"]}', b'{"mode": "\\ud800"}',
-        b'{"\\ud800": 1}', b'{"mode": "off\\u0000"}', b'{"lambda": 0.1, "mode": "off"}',
+        b'{"\\ud800": 1}', b'{"mode": "off\\u0000"}', b'{"a\\nb": 1}', b'{"lambda": 0.1, "mode": "off"}',
         b'{"lambda": 0.1, "mode": "layer"}', b'{"lambda": 0, "mode": "off"}',
         b'{"lambda": 0.1, "mode": "random"}',
         b'{"lambda": 0.1, "admin": true}', b'{"lambda": 0.1, "scores": "/etc/passwd"}', b'{"lambda": 0.1} x',
