@@ -43,15 +43,18 @@ def _current(owner: Any) -> CorConfig | None:
 
 def _moe_layers(worker: Any) -> list[tuple[int, str, Any]]:
     """Decoder layer number, name and runner of every MoE layer that this worker holds."""
-    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.models.utils import extract_layer_index
 
-    modules = worker.get_model().named_modules()
-    return [(extract_layer_index(name), name, m) for name, m in modules if isinstance(m, MoERunner)]
+    from cor_vllm import probe
+
+    layers = probe.moe_layers(worker.get_model())
+    return [(extract_layer_index(name), name, runner) for name, runner in layers.items()]
 
 
 def worker_status(worker: Any) -> dict[str, Any]:
     """What this worker routes by, read off its layers; nothing is read from the device."""
+    from cor_vllm import probe
+
     config = _current(worker)
     assert config is not None, "asked only where the engine is ours"
     model = scores_of(config).config.model
@@ -66,7 +69,7 @@ def worker_status(worker: Any) -> dict[str, Any]:
                 "layer": index,
                 "name": name,
                 "router": type(runner.router).__name__,
-                "kernel": _kernel(runner),
+                "kernel": probe.kernel_name(runner),
                 "k": runner.router.top_k,
                 "lambda": runner.router.layer.lambda_,
                 "biased": runner.router.layer.biased,
@@ -74,13 +77,6 @@ def worker_status(worker: Any) -> dict[str, Any]:
             for index, name, runner in _moe_layers(worker)
         ],
     }
-
-
-def _kernel(runner: Any) -> str:
-    """The class that computes a layer's experts, as far as vLLM names one; its quantisation method else."""
-    method = runner.routed_experts.quant_method
-    experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
-    return type(method if experts is None else experts).__name__
 
 
 def worker_counts(worker: Any) -> dict[int, list[int]]:

@@ -267,15 +267,15 @@ def _check_layer(name: str, runner: Any) -> None:
 
 def finish(model: torch.nn.Module, engine: "VllmConfig", layers: dict[int, LayerRouting]) -> None:
     """Check that every layer of the file is routed by us, and make each router ready to serve."""
-    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.models.utils import extract_layer_index
 
+    from cor_vllm.probe import moe_layers
+
     found = set()
-    for name, module in model.named_modules():
-        if isinstance(module, MoERunner):
-            _check_layer(name, module)
-            module.router.weights_loaded()
-            found.add(extract_layer_index(name))
+    for name, runner in moe_layers(model).items():
+        _check_layer(name, runner)
+        runner.router.weights_loaded()
+        found.add(extract_layer_index(name))
     first, end = engine.model_config.get_layers_start_end_indices(engine.parallel_config)
     missing = sorted({layer for layer in layers if first <= layer < end} - found)
     if missing:

@@ -49,14 +49,19 @@ def moe_layers(model: torch.nn.Module) -> dict[str, MoERunner]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MoERunner)}
 
 
-def describe(name: str, runner: MoERunner) -> LayerRecord:
-    """The facts about a layer that hold without running it."""
+def kernel_name(runner: MoERunner) -> str:
+    """The class that computes a layer's experts, as far as vLLM names one; its quantisation method else."""
     method = runner.routed_experts.quant_method
     experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+    return type(method if experts is None else experts).__name__
+
+
+def describe(name: str, runner: MoERunner) -> LayerRecord:
+    """The facts about a layer that hold without running it."""
     record = LayerRecord(
         name=name,
         layer_index=extract_layer_index(name),
-        kernel=type(experts or method).__name__,
+        kernel=kernel_name(runner),
         modular=not runner.is_monolithic,
         router=type(runner.router).__name__,
         top_k=runner.router.top_k,
