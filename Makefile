@@ -49,4 +49,4 @@ lock:
 	@sh tools/lock.sh
 
 clean:
-	rm -rf $(VENV) demo-output build dist *.egg-info
+	rm -rf $(VENV) .cache demo-output build dist *.egg-info

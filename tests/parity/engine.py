@@ -62,11 +62,13 @@ def start(folder: Path, cor: dict[str, Any] | None = None, **engine: Any) -> Any
     return LLM(model=str(folder), **{**ENGINE, **additional, **engine})
 
 
-def answer(llm: Any, tokens: int = NEW_TOKENS, **options: Any) -> list[Completion]:
+def answer(llm: Any, tokens: int, prompt_logprobs: int | None = 0, **options: Any) -> list[Completion]:
     """Greedy completions of PROMPTS; `options` are of LLM.generate."""
     from vllm import SamplingParams
 
-    asked = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0, prompt_logprobs=0)
+    asked = SamplingParams(
+        temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0, prompt_logprobs=prompt_logprobs
+    )
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     return [completion(output) for output in llm.generate(prompts, asked, use_tqdm=False, **options)]
 
@@ -74,7 +76,8 @@ def answer(llm: Any, tokens: int = NEW_TOKENS, **options: Any) -> list[Completio
 def completion(output: Any) -> Completion:
     tokens = list(output.outputs[0].token_ids)
     steps = zip(output.outputs[0].logprobs, tokens, strict=True)
-    prompt = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+    known = output.prompt_logprobs or [None] * len(output.prompt_token_ids)
+    prompt = [(step, t) for step, t in zip(known, output.prompt_token_ids, strict=True) if step]
     return Completion(tokens, [step[t].logprob for step, t in steps], [step[t].logprob for step, t in prompt])
 
 

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from cor_vllm import scores
+from cor_vllm import plugin, scores
+from cor_vllm.plugin import RoutingError
 from tests import tiny_models
 from tests.make_scores import make
 from tests.parity.engine import ENGINE, PROMPTS, Completion, completion, generate
 from tests.parity.test_parity import assert_same
+from tests.parity.test_refusals import configured
 
 pytestmark = pytest.mark.slow
 TOKENS = 8
@@ -55,6 +58,36 @@ def test_pipeline_parallel(model, cor, alone, two_ranks):
     compiled = {"mode": 2, "backend": "eager", "custom_ops": ["all"]}
     options = {"pipeline_parallel_size": 2, "enforce_eager": False, "compilation_config": compiled}
     assert_same(generate(model, cor, TOKENS, **options), alone)
+
+
+def stage(*layers: int) -> torch.nn.Module:
+    """The MoE layers of a pipeline stage, as far as the check after the load looks at them."""
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    from cor_vllm.router import CorRouter
+
+    model = torch.nn.ModuleDict()
+    for layer in layers:
+        runner = MoERunner.__new__(MoERunner)
+        torch.nn.Module.__init__(runner)
+        runner.router, runner.routed_experts = CorRouter.__new__(CorRouter), torch.nn.Identity()
+        runner.router.bias = None
+        model[str(layer)] = runner
+    return model
+
+
+def test_stages(model, cor, monkeypatch):
+    """Each stage must have the file's layers of its own range, and no others; two ranks by heads on each."""
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    monkeypatch.setattr(MoERunner, "is_monolithic", False)
+    engine = configured(model, cor, pipeline_parallel_size=2, tensor_parallel_size=2)
+    layers = dict.fromkeys(range(4))
+    for rank, held in enumerate(((0, 1), (0, 1), (2, 3), (2, 3))):
+        engine.parallel_config.rank = rank
+        plugin._finish(stage(*held), engine, layers)
+        with pytest.raises(RoutingError, match=rf"decoder layers \[{held[0]}\]: the scores file has them"):
+            plugin._finish(stage(held[1]), engine, layers)
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True])

@@ -1,8 +1,12 @@
 """What cannot be right is refused by name, before weights load."""
 
+import contextlib
 import dataclasses
+import importlib
+import itertools
 import json
 import logging
+import pkgutil
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cor_vllm import fit, scores
+from cor_vllm import compat, fit, plugin, scores
 from cor_vllm.config import ConfigError
 from cor_vllm.fit import MisfitError
 from cor_vllm.plugin import RoutingError
@@ -189,8 +193,17 @@ def layer_arguments(monkeypatch, **change: object) -> None:
     """Have vLLM's Qwen3-MoE ask the layer factory for something it normally does not."""
     import vllm.model_executor.models.qwen3_moe as module
 
+    plugin.install()  # before the test's own change, or it would hide vLLM's factory from us
     factory = module.FusedMoEFactory
     monkeypatch.setattr(module, "FusedMoEFactory", lambda **kwargs: factory(**{**kwargs, **change}))
+
+
+def substituted_experts(*args: Any, **kwargs: Any) -> Any:
+    """What 0.33 makes of a pruned checkpoint, on 0.32 too."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    experts = type(compat.SUBSTITUTED_EXPERTS, (RoutedExperts,), {})
+    return experts(*args, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +226,7 @@ def layer_arguments(monkeypatch, **change: object) -> None:
             "7 experts in 2 groups",
         ),
         ({"apply_router_weight_on_input": True}, "router weights on the input"),
+        ({"routed_experts_cls": substituted_experts}, "experts replaced by constants"),
     ],
 )
 def test_layers_that_select_otherwise_are_named(qwen, tmp_path, monkeypatch, change, says):
@@ -227,6 +241,26 @@ def test_an_expert_kernel_that_routes_inside_itself(qwen, tmp_path, monkeypatch)
     monkeypatch.setattr(MoERunner, "is_monolithic", property(lambda self: True))
     with pytest.raises(RoutingError, match=r"model\.layers\.0\.mlp\.experts: the expert kernel"):
         generate(qwen, write(qwen, tmp_path), 1)
+
+
+def test_kernels_that_route_inside_themselves_do_not_take_our_layers():
+    """By the lists of routing methods in vLLM's own kernels, for every quantisation that they know."""
+    from vllm.model_executor.layers.fused_moe import experts
+    from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExpertsMonolithic
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+
+    for module in pkgutil.iter_modules(experts.__path__):
+        importlib.import_module(f"{experts.__name__}.{module.name}")
+    keys = [None, *(key for key in vars(quant_utils).values() if isinstance(key, quant_utils.QuantKey))]
+    taking = set()
+    for kernel in FusedMoEExpertsMonolithic.__subclasses__():
+        for weights, activations in itertools.product(keys, keys):
+            with contextlib.suppress(ValueError):  # a quantisation that it does not know
+                if kernel._supports_routing_method(RoutingMethodType.Custom, weights, activations):
+                    taking.add(kernel.__name__)
+    # AMD's int4 experts take any method: 0.33 asks the router first, 0.32 stops at the check of the layer.
+    assert taking == {"ZentorchExpertsInt4"}
 
 
 def test_a_router_that_is_replaced_after_the_layer_is_built(qwen, tmp_path, monkeypatch):
