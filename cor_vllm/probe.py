@@ -88,6 +88,11 @@ def recording(model: torch.nn.Module) -> Iterator[list[LayerRecord]]:
     with contextlib.ExitStack() as stack:
         for record, runner in zip(records, layers.values(), strict=True):
             stack.enter_context(_replaced(runner.router, "select_experts", _listen_to_router(record)))
+            if runner.router.eplb_state is not None:
+                # The kernel gets the ids of physical experts then.
+                stack.enter_context(
+                    _replaced(runner.router, "_apply_eplb_mapping", _listen_to_mapping(record))
+                )
             experts = runner.routed_experts
             stack.enter_context(_replaced(experts, "forward_modular", _listen_to_kernel(record)))
         yield records
@@ -134,11 +139,24 @@ def _listen_to_router(record: LayerRecord) -> Any:
     return wrap
 
 
+def _listen_to_mapping(record: LayerRecord) -> Any:
+    def wrap(apply_eplb_mapping: Any) -> Any:
+        def listening(topk_ids: torch.Tensor) -> Any:
+            if record.topk_ids is None:
+                record.topk_ids = _host(topk_ids)
+            return apply_eplb_mapping(topk_ids)
+
+        return listening
+
+    return wrap
+
+
 def _listen_to_kernel(record: LayerRecord) -> Any:
     def wrap(forward_modular: Any) -> Any:
         def listening(*args: Any, **kwargs: Any) -> Any:
             if record.topk_ids is None:
                 record.topk_ids = _host(kwargs["topk_ids"])
+            if record.topk_weights is None:
                 record.topk_weights = _host(kwargs["topk_weights"])
             return forward_modular(*args, **kwargs)
 
