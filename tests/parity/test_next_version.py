@@ -9,7 +9,7 @@ import pytest
 
 from cor_vllm import compat
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # a dozen tests of their own in one of these
 ROOT = Path(__file__).parents[2]
 VERSION = "0.33.0"
 FAMILIES = ("qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")
@@ -23,12 +23,13 @@ def environment() -> dict[str, str]:
     assert done.returncode == 0, done.stderr[-3000:]
     # The test's own checkout second, since the interpreter may have another one installed.
     path = os.pathsep.join([str(folder), str(ROOT)])
-    return {**os.environ, "PYTHONPATH": path, "VLLM_TARGET_DEVICE": "cpu"}
+    families = " ".join(FAMILIES)
+    return {**os.environ, "PYTHONPATH": path, "VLLM_TARGET_DEVICE": "cpu", "COR_TEST_FAMILIES": families}
 
 
 def run(environment: dict[str, str], *arguments: str) -> str:
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=850)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return done.stdout
 
