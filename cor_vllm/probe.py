@@ -110,7 +110,7 @@ def ask_routers(model: torch.nn.Module) -> list[LayerRecord]:
         device = next(runner.parameters()).device
         generator = torch.Generator().manual_seed(record.layer_index)
         logits = 2 * torch.randn(SYNTHETIC_ROWS, experts, generator=generator).to(device)
-        weights, ids = runner.router.select_experts(hidden_states=logits, router_logits=logits)
+        weights, ids = runner.router._compute_routing(logits, logits, None)
         record.router_logits, record.topk_weights, record.topk_ids = map(_host, (logits, weights, ids))
         _add_stock(record, runner.router)
         records.append(record)
