@@ -85,9 +85,9 @@ def test_stages(model, cor, monkeypatch):
     layers = dict.fromkeys(range(4))
     for rank, held in enumerate(((0, 1), (0, 1), (2, 3), (2, 3))):
         engine.parallel_config.rank = rank
-        plugin._finish(stage(*held), engine, layers)
+        plugin.finish(stage(*held), engine, layers)
         with pytest.raises(RoutingError, match=rf"decoder layers \[{held[0]}\]: the scores file has them"):
-            plugin._finish(stage(held[1]), engine, layers)
+            plugin.finish(stage(held[1]), engine, layers)
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True])
