@@ -71,7 +71,7 @@ def stage(*layers: int) -> torch.nn.Module:
         runner = MoERunner.__new__(MoERunner)
         torch.nn.Module.__init__(runner)
         runner.router, runner.routed_experts = CorRouter.__new__(CorRouter), torch.nn.Identity()
-        runner.router.bias = None
+        runner.router.bias = runner.router.counts = None
         model[str(layer)] = runner
     return model
 
