@@ -87,9 +87,7 @@ def test_every_position_is_the_slow_recomputation(family: str) -> None:
             chosen.add(layer)
             assert gap > 1e-6, "a tie: another seed"
             torch.testing.assert_close(found[row, position], torch.tensor(expected), atol=2e-4, rtol=1e-4)
-    assert family != "mixtral" or len(chosen) > 1, (
-        "one layer is always the furthest: the choice goes untested"
-    )
+    assert family != "mixtral" or len(chosen) > 1, "always one layer: the choice goes untested"
 
 
 @pytest.mark.parametrize(
