@@ -147,12 +147,14 @@ class _Contrast:
         states, self.states, self.running = self.states, {}, False
         kept = kwargs.get("logits_to_keep", 0)
         where = slice(-kept, None) if isinstance(kept, int) else kept  # transformers' own reading of it
-        flat = {layer: states[layer][:, where].flatten(0, 1) for layer in self.layers}
+        flat = [states[layer][:, where].flatten(0, 1) for layer in self.layers]
+        logits = output.logits.flatten(0, 1)
+        scores = torch.empty_like(logits, dtype=torch.float32)
         with torch.no_grad(), held(self.model.lm_head, self.model.model.norm):
-            logits = output.logits.flatten(0, 1).split(ROWS)
-            answers = zip(*(flat[layer].split(ROWS) for layer in self.layers), strict=True)
-            scores = [self._scores(rows, hidden) for rows, hidden in zip(logits, answers, strict=True)]
-        output.logits = torch.cat(scores).view(output.logits.shape)
+            for start in range(0, len(logits), ROWS):
+                part = slice(start, start + ROWS)
+                scores[part] = self._scores(logits[part], [hidden[part] for hidden in flat])
+        output.logits = scores.view(output.logits.shape)
         return output
 
     def _scores(self, logits: torch.Tensor, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
