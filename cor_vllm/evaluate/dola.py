@@ -125,8 +125,7 @@ class _Contrast:
 
     def recorder(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if self.running:  # the last norm is also called for the premature answers
-                self.states[layer] = args[0] if args else kwargs["hidden_states"]
+            self.states[layer] = args[0] if args else kwargs["hidden_states"]
 
         return hook
 

@@ -9,7 +9,7 @@ import torch
 
 from cor_vllm.calibrate.heldout import Tables, rules
 from cor_vllm.calibrate.moe_model import MoeModel
-from cor_vllm.evaluate.dola import candidate_layers, dola
+from cor_vllm.evaluate.dola import _divergence, candidate_layers, dola
 from tests import tiny_models
 
 PLAIN = {"relative_top": 0.0, "post_softmax": False}
@@ -91,30 +91,45 @@ def test_every_position_is_the_slow_recomputation(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("layers", "options"),
     [
-        PLAIN,
-        {"relative_top": 0.5, "relative_top_value": -7.0},
-        {"post_softmax": False},
-        {"final_norm": False},
-        {"reversed_divergence": True, "relative_top": 0.0},
+        ([0, 1, 2], PLAIN),
+        ([0, 1, 2], {"relative_top": 0.5, "relative_top_value": -7.0}),
+        ([0, 1, 2], {"post_softmax": False}),
+        ([0, 1, 2], {"final_norm": False}),
+        ([2], {"relative_top": 0.0}),  # DoLa-static; layer 2 is never the furthest
     ],
 )
-def test_options_are_the_slow_recomputation(olmoe: Any, options: dict[str, Any]) -> None:
+def test_options_are_the_slow_recomputation(olmoe: Any, layers: list[int], options: dict[str, Any]) -> None:
     ids = tokens(1, 12)
-    found = scores(olmoe, ids, [0, 1, 2], **options)
+    found = scores(olmoe, ids, layers, **options)
     for position in range(12):
-        expected, _, gap = slow(olmoe, ids[0, : position + 1], [0, 1, 2], **options)
+        expected, _, gap = slow(olmoe, ids[0, : position + 1], layers, **options)
         assert gap > 1e-6, "a tie: another seed"
         torch.testing.assert_close(found[0, position], torch.tensor(expected), atol=2e-4, rtol=1e-4)
 
 
-def test_the_reversed_divergence_chooses_otherwise() -> None:
-    """So that the two options above are told apart."""
-    model, ids = tiny_models.create("olmoe"), tokens(1, 40)
-    rows = [ids[0, : t + 1] for t in range(40)]
-    both = [[slow(model, row, [0, 1, 2], reversed_divergence=flag)[1] for row in rows] for flag in (0, 1)]
-    assert both[0] != both[1]
+def test_the_divergences_are_their_definitions() -> None:
+    one, other = torch.randn(2, 5, 30, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    for row in range(5):
+        p, q = one[row].double().exp().tolist(), other[row].double().exp().tolist()
+        m = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+        found = [_divergence(one, other, flag)[row].item() for flag in (False, True)]
+        assert found == pytest.approx([(kl(p, m) + kl(q, m)) / 2, (kl(m, p) + kl(m, q)) / 2], abs=1e-5)
+
+
+def test_the_reversed_divergence_chooses_otherwise(olmoe: Any) -> None:
+    """Only where the two divergences choose different layers does a test tell them apart."""
+    ids, layers = tokens(1, 40), [0, 1, 2]
+    found = [scores(olmoe, ids, layers, reversed_divergence=flag)[0] for flag in (False, True)]
+    different = 0
+    for t in range(40):
+        by_flag = [slow(olmoe, ids[0, : t + 1], layers, reversed_divergence=flag) for flag in (False, True)]
+        if by_flag[0][1] != by_flag[1][1] and min(by_flag[0][2], by_flag[1][2]) > 1e-6:
+            different += 1
+            for values, (expected, _, _) in zip(found, by_flag, strict=True):
+                torch.testing.assert_close(values[t], torch.tensor(expected), atol=2e-4, rtol=1e-4)
+    assert different, "another seed"
 
 
 def test_the_final_layer_against_itself_says_nothing(olmoe: Any) -> None:
