@@ -6,10 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cor_vllm import __version__
+from cor_vllm.evaluate.command import add_evaluate, add_tune
 
 Handler = Callable[[argparse.Namespace], int]
 
-EXTRAS = ("transformers", "matplotlib")  # what a server's installation can do without
+# What a server's installation can do without, by the extra that has it.
+EXTRAS = {
+    "calibrate": ("transformers", "matplotlib"),
+    "evaluate": ("lm_eval", "scipy", "statsmodels", "sklearn", "datasets"),
+}
 INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 
 
@@ -31,8 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_show(commands)
     _add_plot(commands)
     _add_verify(commands)
+    add_evaluate(commands).set_defaults(handler=_evaluate)
+    add_tune(commands).set_defaults(handler=_tune)
     args, rest = parser.parse_known_args(argv)
-    if rest and args.handler is not _verify:
+    if rest and args.handler not in (_verify, _evaluate, _tune):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
     handler: Handler = args.handler
@@ -42,9 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("cor-vllm: interrupted; the same command goes on from where it stopped", file=sys.stderr)
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
-            raise
-        return _fail(f"this command needs the package {error.name}: pip install 'cor-vllm[calibrate]'")
+        for extra, packages in EXTRAS.items():
+            if error.name in packages:
+                return _fail(f"this command needs the package {error.name}: pip install 'cor-vllm[{extra}]'")
+        raise
 
 
 def _fail(message: object) -> int:
@@ -336,6 +344,30 @@ def _verify(args: argparse.Namespace) -> int:
     from cor_vllm.verify import main as verify
 
     return verify(args.model, args.cor_scores, args.rest, args.json)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from cor_vllm.evaluate.command import run_evaluate
+
+    return _reported(run_evaluate, args)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from cor_vllm.evaluate.command import run_tune
+
+    return _reported(run_tune, args)
+
+
+def _reported(run: Handler, args: argparse.Namespace) -> int:
+    from cor_vllm.calibrate.config import CalibrationError
+    from cor_vllm.config import ConfigError
+    from cor_vllm.evaluate.benchmarks import EvaluationError
+    from cor_vllm.scores import ScoresError
+
+    try:
+        return run(args)
+    except (EvaluationError, ScoresError, CalibrationError, ConfigError) as error:
+        return _fail(error)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What routing does to a model's answers, beside the methods it is compared with."""
+"""Does counterfactual routing help? Benchmarks under every condition, on the same items."""

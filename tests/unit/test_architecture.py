@@ -52,7 +52,7 @@ def test_kernels_need_torch_and_triton_alone(file):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "calibrate").glob("*.py")), ids=lambda f: f.name)
 def test_the_calibrator_never_imports_vllm(file):
-    assert "vllm" not in roots(file)
+    assert not {"vllm", "lm_eval"} & roots(file)
     assert not {f"cor_vllm.{name.removesuffix('.py')}" for name in VLLM_SIDE} & imported(file)
 
 
@@ -61,15 +61,22 @@ def test_only_the_plugin_imports_vllm(file):
     if file.name not in VLLM_SIDE:
         assert "vllm" not in roots(file)
     if file.name not in {"cli.py"}:
-        assert not any(n.startswith("cor_vllm.calibrate") for n in imported(file))
+        assert not any(n.startswith(("cor_vllm.calibrate", "cor_vllm.evaluate")) for n in imported(file))
     assert "transformers" not in roots(file)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "cor_vllm" / "evaluate").glob("*.py")), ids=lambda f: f.name)
+def test_the_evaluation_leaves_vllm_to_the_harness(file):
+    """It starts engines as users do; only the command asks vLLM's own parser about its flags."""
+    assert file.name == "command.py" or "vllm" not in roots(file)
+    assert not {f"cor_vllm.{name.removesuffix('.py')}" for name in VLLM_SIDE} & imported(file)
 
 
 def test_importing_the_package_needs_neither_vllm_nor_transformers():
     code = (
         "import sys, cor_vllm, cor_vllm.scores, cor_vllm.budget, cor_vllm.config, cor_vllm.cli\n"
         "import cor_vllm.kernels.dispatch\n"
-        "heavy = {'vllm', 'transformers', 'triton', 'matplotlib'} & {m.split('.')[0] for m in sys.modules}\n"
+        "heavy = {'vllm', 'transformers', 'triton', 'matplotlib', 'lm_eval', 'scipy'} & {m.split('.')[0] for m in sys.modules}\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

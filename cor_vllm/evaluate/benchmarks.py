@@ -1,0 +1,126 @@
+"""The benchmarks: lm-evaluation-harness's own tasks, which of their metrics counts, and where data is."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TASK_FILES = Path(__file__).parent / "tasks"  # what the harness lacks: FACTOR
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be done as asked: one line with the cause and the remedy."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One column of the table."""
+
+    task: str  # the harness's name of a task or group
+    metric: str  # the harness's name of the metric, of 0 to 1 an item
+    dataset: str | None = None  # id on the hub; None: the task file's own
+    filter: str = "none"  # the harness's name of the filter whose value counts
+    general: bool = False  # a check for harm elsewhere, not for factuality
+    folder: Path = TASK_FILES  # where its task file is, if the harness does not know it
+
+
+BENCHMARKS = {
+    benchmark.task: benchmark
+    for benchmark in (
+        Benchmark("truthfulqa_mc1", "acc", "truthfulqa/truthful_qa"),
+        Benchmark("truthfulqa_mc2", "acc", "truthfulqa/truthful_qa"),
+        # The paper does not say how it judges generations; BLEU against true and false references is what
+        # the harness can do without a second model.
+        Benchmark("truthfulqa_gen", "bleu_acc", "truthfulqa/truthful_qa"),
+        Benchmark("factor_news", "acc", "factor/news"),
+        Benchmark("factor_wiki", "acc", "factor/wiki"),
+        Benchmark("triviaqa", "exact_match", "mandarjoshi/trivia_qa", "remove_whitespace"),
+        Benchmark("gsm8k", "exact_match", "openai/gsm8k", "flexible-extract", general=True),
+        Benchmark("mmlu", "acc", "cais/mmlu", general=True),
+        Benchmark("arc_challenge", "acc", "allenai/ai2_arc", general=True),
+        Benchmark("arc_easy", "acc", "allenai/ai2_arc", general=True),
+    )
+}
+GROUPS = {
+    "factual": [name for name, benchmark in BENCHMARKS.items() if not benchmark.general],
+    "general": [name for name, benchmark in BENCHMARKS.items() if benchmark.general],
+    "paper": list(BENCHMARKS),
+}
+
+
+def chosen(names: Sequence[str]) -> list[Benchmark]:
+    """Benchmarks by name, by group (`factual`, `general`, `paper`), or by the path of a task file.
+
+    A task file is the harness's own YAML; its first metric counts.
+
+    Raises:
+        EvaluationError: no such benchmark or file.
+    """
+    found: dict[str, Benchmark] = {}
+    for name in names:
+        for task in GROUPS.get(name, [name]):
+            found[task] = BENCHMARKS.get(task) or _own(task)
+    return list(found.values())
+
+
+def _own(name: str) -> Benchmark:
+    if not name.endswith((".yaml", ".yml")):
+        known = ", ".join([*GROUPS, *BENCHMARKS])
+        raise EvaluationError(f"--tasks {name}: unknown; known are {known}, and the path of a task's YAML")
+    if not Path(name).is_file():
+        raise EvaluationError(f"--tasks {name}: there is no such file")
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    config = load_yaml(name, resolve_func=False)
+    filters = config.get("filter_list")
+    return Benchmark(
+        config["task"],
+        config["metric_list"][0]["metric"],
+        config.get("dataset_path"),
+        filters[0]["name"] if filters else "none",
+        folder=Path(name).resolve().parent,
+    )
+
+
+@functools.cache  # it reads ten thousand files
+def _manager(folder: Path) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(folder))
+
+
+def load_task(benchmark: Benchmark, data: Path | None) -> dict[str, Any]:
+    """The harness's task objects of a benchmark (a group like mmlu has many), by name; reads the data.
+
+    Args:
+        benchmark: which.
+        data: a folder that mirrors the hub, `<data>/<dataset id>/…`, used where it holds the data set; None:
+            the hub.
+
+    Raises:
+        EvaluationError: the data is not to be had.
+    """
+    manager = _manager(benchmark.folder)
+    wanted: Any = benchmark.task
+    local = data / benchmark.dataset if data and benchmark.dataset else None
+    if local and local.is_dir():
+        # An inline group is the harness's way to change a field of a task that it knows.
+        wanted = {
+            "group": "local",
+            "task": [{"task": benchmark.task, "dataset_path": str(local.resolve())}],
+        }
+    elif benchmark.dataset and benchmark.dataset.startswith("factor/"):
+        raise EvaluationError(
+            f"{benchmark.task}: FACTOR is not on the hub; get {benchmark.task.split('_')[1]}_factor.csv from "
+            f"github.com/AI21Labs/factor and give its folder: --data DIR with DIR/{benchmark.dataset}/"
+        )
+    try:
+        return dict(manager.load([wanted])["tasks"])
+    except Exception as error:  # the data library's errors have no common class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = f"in {local}" if local and local.is_dir() else "from the hub"
+        raise EvaluationError(
+            f"{benchmark.task}: its data cannot be read {where} ({reason}); with no network give --data DIR, "
+            f"a folder with a copy of the hub's {benchmark.dataset} in DIR/{benchmark.dataset}"
+        ) from error

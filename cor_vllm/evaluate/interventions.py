@@ -1,0 +1,93 @@
+"""A condition on a transformers model: its routing, its gate, and the paper's baselines DoLa and ITI."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cor_vllm.calibrate.config import DEFAULT_CORPUS
+from cor_vllm.calibrate.corpus import draw, load_corpus
+from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.evaluate.benchmarks import BENCHMARKS, load_task
+from cor_vllm.evaluate.conditions import Condition, Sources
+from cor_vllm.evaluate.dola import dola
+from cor_vllm.evaluate.iti import Directions, fit, iti
+from cor_vllm.evaluate.routing import Gates, RoutedCondition, gated_by_output, gates, routed
+
+GATE_TOKENS, GATE_SEQUENCE = 2000, 256  # of the shipped corpus, for the thresholds
+FOLDS = 2  # ITI's directions for an item come from the questions of the other fold
+
+
+class Interventions:
+    """What every condition needs of one loaded model, made when it is first asked for.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        data: as for `load_task`; ITI is fitted on TruthfulQA.
+        seed: of draws.
+    """
+
+    def __init__(self, model: MoeModel, tokenizer: Any, data: Path | None, seed: int) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.data = data
+        self.seed = seed
+
+    @contextmanager
+    def applied(self, condition: Condition, sources: Sources, lm: Any) -> Iterator[RoutedCondition]:
+        """Put a condition on the model, and on the harness's view of it, for as long as the context lasts.
+
+        Args:
+            condition: which.
+            sources: where its scores are.
+            lm: harness.transformers_model over the same model.
+        """
+        scores = sources.scores[condition.source]
+        if condition.change is not None:
+            scores = condition.change(scores)
+        thresholds = self.gates.router if condition.gate == "router" else None
+        found = routed(self.model, scores, condition.options, self.seed, thresholds)
+        with ExitStack() as stack:
+            if condition.gate == "output":
+                lm.forward = gated_by_output(
+                    self.model, found.rules, self.gates.output, lambda ids: self.model.model(ids).logits
+                )
+            else:
+                stack.enter_context(self.model.routing(found.rules))
+            if condition.dola:
+                stack.enter_context(dola(self.model.model))
+            if condition.iti:
+                lm.folds = self._iti_fold
+            try:
+                yield found
+            finally:
+                lm.forward = lm.folds = None
+
+    @cached_property
+    def gates(self) -> Gates:
+        """Entropy thresholds on the shipped corpus."""
+
+        def tokenize(text: str) -> list[int]:
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+            return ids
+
+        corpus = load_corpus(DEFAULT_CORPUS)
+        (sequences,) = draw(corpus, tokenize, [], GATE_SEQUENCE, [GATE_TOKENS], self.seed)
+        return gates(self.model, sequences)
+
+    def _iti_fold(self, fold: int) -> AbstractContextManager[None]:
+        """ITI for the items of a fold (item number modulo FOLDS), fitted on the others."""
+        return iti(self.model.model, self._directions[fold])
+
+    @cached_property
+    def _directions(self) -> list[Directions]:
+        (task,) = load_task(BENCHMARKS["truthfulqa_mc2"], self.data).values()
+        examples: list[list[tuple[list[int], int, int]]] = [[] for _ in range(FOLDS)]
+        for number, doc in enumerate(task.eval_docs):
+            prompt, targets = task.doc_to_text(doc), doc["mc2_targets"]
+            for answer, label in zip(targets["choices"], targets["labels"], strict=True):
+                ids = self.tokenizer(f"{prompt} {answer}", add_special_tokens=False).input_ids
+                examples[number % FOLDS].append((ids, label, number))
+        return [fit(self.model.model, others) for others in reversed(examples)]

@@ -1,0 +1,132 @@
+"""The table: every condition against standard on the same items, with what noise would do beside it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cor_vllm.evaluate import paper
+from cor_vllm.evaluate.conditions import AGAIN, STANDARD
+from cor_vllm.evaluate.runs import Run
+from cor_vllm.evaluate.statistics import Difference, compare, holm
+
+SIGNIFICANT = 0.01
+QUANTITIES = {"score": "accuracy, points", "gold": "right answer, nats", "margin": "right minus wrong, nats"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A condition on a benchmark, against the reference."""
+
+    found: Difference
+    corrected: float  # p, for the number of comparisons in the table
+    noise: float  # |A/A difference| on this benchmark; 0 where there is no repeat
+
+
+def cells(
+    runs: Sequence[Run], quantity: str, reference: str = STANDARD, seed: int = 0
+) -> dict[tuple[str, str], Cell]:
+    """(condition, benchmark) → comparison with the reference; p corrected over all of them (Holm).
+
+    Args:
+        runs: the table's rows, `reference` among them.
+        quantity: a key of items.Items.
+    """
+    base = next(run for run in runs if run.condition == reference)
+    found: dict[tuple[str, str], Difference] = {}
+    for run in runs:
+        if run.condition == reference:
+            continue
+        for name, column in run.benchmarks.items():
+            if name in base.benchmarks and quantity in column.items:
+                other = base.benchmarks[name].items[quantity]
+                found[run.condition, name] = compare(column.items[quantity], other, seed)
+    compared = [key for key in found if key[0] != AGAIN]
+    corrected = dict(zip(compared, holm([found[key].p for key in compared]), strict=True))
+    return {
+        key: Cell(
+            difference,
+            corrected.get(key, 1.0),
+            abs(found[AGAIN, key[1]].difference) if (AGAIN, key[1]) in found else 0.0,
+        )
+        for key, difference in found.items()
+    }
+
+
+def render(runs: Sequence[Run], reference: str = STANDARD) -> str:
+    """The whole report as Markdown: one table per quantity, the paper's numbers, what each row is."""
+    names = list(dict.fromkeys(name for run in runs for name in run.benchmarks))
+    first = runs[0]
+    parts = [
+        f"# {first.model}: {len(runs)} conditions on the same items",
+        f"Back end: {first.backend}. Versions: "
+        + ", ".join(f"{name} {version}" for name, version in first.versions.items())
+        + ".",
+        "Differences are to `"
+        + reference
+        + "`, item by item, with 95 % bootstrap intervals. p: McNemar's exact "
+        "test, or sign flips where scores are not 0 or 1; corrected for the number of cells (Holm). "
+        f"**Bold**: corrected p < {SIGNIFICANT}. *Noise*: corrected p ≥ 0.05, or no larger than the "
+        f"difference between two runs of the same thing (`{AGAIN}`).",
+    ]
+    if reference not in {run.condition for run in runs}:
+        return "\n\n".join([*parts, f"There is no run named {reference}: nothing to compare with."])
+    for quantity, title in QUANTITIES.items():
+        shown = [
+            n for n in names if any(quantity in r.benchmarks[n].items for r in runs if n in r.benchmarks)
+        ]
+        if shown:
+            parts += [f"## {title[0].upper()}{title[1:]}", _table(runs, shown, quantity, reference)]
+    parts += ["## What the rows are", _legend(runs)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(runs: Sequence[Run], names: Sequence[str], quantity: str, reference: str) -> str:
+    compared = cells(runs, quantity, reference)
+    scale = 100 if quantity == "score" else 1
+    lines = ["| condition | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    for run in runs:
+        values = []
+        for name in names:
+            column = run.benchmarks.get(name)
+            if column is None or quantity not in column.items:
+                values.append("")
+                continue
+            items = column.items[quantity].values()
+            mean = sum(items) / len(items) * scale
+            cell = compared.get((run.condition, name))
+            text = f"{mean:.2f}" if cell is None else f"{mean:.2f} ({_difference(cell, scale)})"
+            reported = paper.of(run.model, run.condition).get(name) if quantity == "score" else None
+            values.append(text if reported is None else f"{text}; paper {reported:.2f}")
+        lines.append(f"| {run.condition} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def _difference(cell: Cell, scale: float) -> str:
+    found = cell.found
+    text = (
+        f"{found.difference * scale:+.2f} [{found.low * scale:+.2f}, {found.high * scale:+.2f}], "
+        f"p {_p(cell.corrected)}"
+    )
+    if cell.corrected >= 0.05 or abs(found.difference) <= cell.noise:
+        return f"{text}, *noise*"
+    return f"**{text}**" if cell.corrected < SIGNIFICANT else text
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _legend(runs: Sequence[Run]) -> str:
+    lines = [
+        "| condition | what | experts per token, all layers | slots changed | tokens/s |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for run in runs:
+        seconds = sum(column.seconds for column in run.benchmarks.values())
+        tokens = sum(column.tokens for column in run.benchmarks.values())
+        lines.append(
+            f"| {run.condition} | {run.description} | "
+            f"{'' if run.activations is None else f'{run.activations:g}'} | "
+            f"{'' if run.slots_changed is None else f'{run.slots_changed:.1%}'} | "
+            f"{tokens / seconds if seconds else 0:.0f} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,175 @@
+"""A condition's routing on the transformers side: the server's own plan as rules for MoeModel."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.calibrate.router import Router, Rule
+from cor_vllm.config import CorConfig, LayerRouting, plan
+from cor_vllm.kernels import reference
+from cor_vllm.scores import Scores
+
+GATE_QUANTILE = 0.5  # the bias counts where the entropy is above this quantile of running text
+
+
+@dataclass
+class Slots:
+    """How many of the selected experts are not those that the model's own score would have selected."""
+
+    total: int = 0
+    changed: int = 0
+
+    @property
+    def share(self) -> float:
+        """0 to 1; 0 before anything was routed."""
+        return self.changed / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Entropies above which a router, or the output, counts as uncertain, nats."""
+
+    router: Sequence[float]  # one per MoE layer
+    output: float
+
+
+@dataclass
+class RoutedCondition:
+    """What to put on a model: its rules, and what they did."""
+
+    rules: Mapping[int, Rule]
+    activations: float  # routed experts per token, over all layers
+    slots: Slots = field(default_factory=Slots)
+
+
+def routed(
+    model: MoeModel,
+    scores: Scores,
+    options: dict[str, Any] | None,
+    seed: int = 0,
+    thresholds: Sequence[float] | None = None,
+) -> RoutedCondition:
+    """The rules of a condition.
+
+    Args:
+        model: the model; its MoE layers must be those of the scores.
+        scores: the condition's scores.
+        options: `additional_config["cor"]` less `scores`; None: the model's own routing.
+        seed: of mode `random`.
+        thresholds: per layer, the router's entropy (nats) up to which the bias is left out; None: never.
+
+    Raises:
+        ValueError: scores of a model with other MoE layers.
+    """
+    if options is None:
+        return RoutedCondition({}, sum(router.top_k for router in model.routers))
+    config = CorConfig.of({"scores": "-", **options}).resolved(scores.config.serving)
+    layers = list(plan(config, scores).values())
+    if len(layers) != model.num_layers:
+        raise ValueError(f"scores of {len(layers)} MoE layers for a model of {model.num_layers}")
+    slots = Slots()
+    rules = {
+        i: _counted(_rule(model.routers[i], layer, config, seed, thresholds[i] if thresholds else None),
+                    model.routers[i], slots)
+        for i, layer in enumerate(layers)
+    }  # fmt: skip
+    return RoutedCondition(rules, sum(layer.top_k for layer in layers), slots)
+
+
+def _rule(router: Router, layer: LayerRouting, config: CorConfig, seed: int, threshold: float | None) -> Rule:
+    if layer.random:
+        generator = torch.Generator().manual_seed(seed + layer.layer_index)
+        return lambda logits: router.select(
+            router.probabilities(logits),
+            torch.rand(logits.shape, generator=generator).to(logits.device),
+            layer.top_k,
+        )
+    if config.weights == "fused":
+        return lambda logits: _fused(router, layer, logits)
+    if layer.bias is None or threshold is None:
+        return lambda logits: router.route(logits, _on(layer.bias, logits), layer.top_k)
+
+    def gated(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        probs = router.probabilities(logits)
+        uncertain = (entropy(probs) > threshold)[:, None]
+        assert layer.bias is not None, "checked above"
+        bias = router.correction_bias.to(logits.device) + uncertain * layer.bias.to(logits.device)
+        return router.select(probs, probs + bias, layer.top_k)
+
+    return gated
+
+
+def _on(bias: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor | None:
+    return None if bias is None else bias.to(logits.device)
+
+
+def _fused(router: Router, layer: LayerRouting, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights from the score, renormalised (method.md, option `fused`)."""
+    scores = router.probabilities(logits) + router.correction_bias.to(logits.device)
+    if layer.bias is not None:
+        scores = scores + layer.bias.to(logits.device)
+    return reference.select(
+        scores, scores, layer.top_k, True, router.scale,
+        num_expert_group=router.num_expert_group, topk_group=router.topk_group,
+    )  # fmt: skip
+
+
+def _counted(rule: Rule, router: Router, slots: Slots) -> Rule:
+    def counted(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = rule(logits)
+        own = router.route(logits, None, ids.shape[1])[1]
+        slots.total += ids.numel()
+        slots.changed += int((~(ids[:, :, None] == own[:, None, :]).any(dim=2)).sum())
+        return weights, ids
+
+    return counted
+
+
+def entropy(probs: torch.Tensor) -> torch.Tensor:
+    """Entropy over the last dimension, nats; values that do not sum to 1 are divided by their sum."""
+    shares = probs / probs.sum(dim=-1, keepdim=True).clamp_min(reference.SMALLEST)
+    return torch.special.entr(shares).sum(dim=-1)
+
+
+@torch.inference_mode()
+def gates(model: MoeModel, sequences: Sequence[Sequence[int]]) -> Gates:
+    """Thresholds from running text: the GATE_QUANTILE of each router's and of the output's entropy.
+
+    Args:
+        sequences: token ids.
+    """
+    outputs = []
+    with model.record_router_logits() as records:
+        for ids in sequences:
+            logits = model.model(torch.tensor([ids], device=model.device)).logits[0].float()
+            outputs.append(entropy(logits.softmax(dim=-1)).cpu())
+    routers = [
+        _quantile(entropy(router.probabilities(torch.cat(record))))
+        for router, record in zip(model.routers, records, strict=True)
+    ]
+    return Gates(routers, _quantile(torch.cat(outputs)))
+
+
+def _quantile(values: torch.Tensor) -> float:
+    return float(torch.quantile(values.double(), GATE_QUANTILE))
+
+
+Call = Callable[[torch.Tensor], torch.Tensor]
+"""input_ids [B, S] → logits [B, S, V]"""
+
+
+def gated_by_output(model: MoeModel, rules: Mapping[int, Rule], threshold: float, call: Call) -> Call:
+    """A forward whose routing is replaced only where the model's own output entropy exceeds a threshold.
+
+    Costs two passes: the first says where.
+    """
+
+    def gated(input_ids: torch.Tensor) -> torch.Tensor:
+        uncertain = entropy(call(input_ids).float().softmax(dim=-1)) > threshold
+        with model.routing(rules, rows=uncertain):
+            return call(input_ids)
+
+    return gated

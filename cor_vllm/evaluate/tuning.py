@@ -1,0 +1,82 @@
+"""`cor-vllm tune`: mode and λ chosen on one half of the items, reported on the other."""
+
+import random
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from cor_vllm.evaluate.conditions import AGAIN, STANDARD, Condition
+from cor_vllm.evaluate.pipeline import EvaluateOptions, evaluate
+from cor_vllm.evaluate.report import render
+from cor_vllm.evaluate.runs import Column, Run
+
+
+def grid_conditions(grid: Sequence[float]) -> list[Condition]:
+    """What is tried: stock routing twice, layer, and expert and full at each λ."""
+    rows = [
+        Condition(STANDARD, "the model's own routing, no plugin"),
+        Condition(AGAIN, "the same once more: the noise of the measurement itself"),
+        Condition("layer", "k_l alone", {"mode": "layer"}),
+    ]
+    for mode in ("expert", "full"):
+        rows += [
+            Condition(f"{mode}-lambda{lam:g}", f"{mode} at λ = {lam:g}", {"mode": mode, "lambda": lam})
+            for lam in grid
+        ]
+    return rows
+
+
+def tune(options: EvaluateOptions, grid: Sequence[float], console: Console) -> str:
+    """Run the grid, choose, and render the report.
+
+    The winner has the highest score on the tuning half, averaged over benchmarks; the first of equals wins,
+    so nothing displaces stock routing without beating it.
+
+    Returns:
+        Markdown.
+    """
+    rows = grid_conditions(grid)
+    runs = evaluate(options, console, rows)
+    halves = [halve(run, options.seed) for run in runs]
+    candidates = [tuning for tuning, _ in halves if tuning.condition != AGAIN]
+    best = max(candidates, key=mean_score)
+    shown = [report for _, report in halves if report.condition in (STANDARD, AGAIN, best.condition)]
+    lines = ["| condition | mean score on the tuning half, percent |", "| --- | --- |"]
+    lines += [f"| {run.condition} | {mean_score(run) * 100:.2f} |" for run in candidates]
+    flags = _flags(next(row for row in rows if row.name == best.condition))
+    chosen = f"Chosen: **{best.condition}** (`{flags}`). On the other half, which took no part in the choice:"
+    return (
+        "\n\n".join([render(shown), "# The choice", "\n".join(lines), chosen + " the tables above."]) + "\n"
+    )
+
+
+def mean_score(run: Run) -> float:
+    """Mean over benchmarks of the mean score, 0 to 1."""
+    means = [
+        sum(column.items["score"].values()) / len(column.items["score"]) for column in run.benchmarks.values()
+    ]
+    return sum(means) / len(means)
+
+
+def halve(run: Run, seed: int) -> tuple[Run, Run]:
+    """(tuning, reporting): a run split by item, the same way for every run of the same items."""
+    sides: tuple[dict[str, Column], dict[str, Column]] = ({}, {})
+    for name, column in run.benchmarks.items():
+        items = sorted(column.items["score"])
+        random.Random(seed).shuffle(items)
+        tuning = set(items[: len(items) // 2])
+        for i, side in enumerate(sides):
+            kept = {
+                quantity: {item: value for item, value in values.items() if (item in tuning) == (i == 0)}
+                for quantity, values in column.items.items()
+            }
+            side[name] = column.model_copy(update={"items": kept})
+    first, second = (run.model_copy(update={"benchmarks": side}) for side in sides)
+    return first, second
+
+
+def _flags(condition: Condition) -> str:
+    if condition.options is None:
+        return "no --cor-scores"
+    flags = {"mode": "--cor-mode", "lambda": "--cor-lambda"}
+    return " ".join(f"{flags[name]} {value}" for name, value in condition.options.items())

@@ -1,0 +1,105 @@
+"""`cor-vllm evaluate` and `tune` on the demo model: three ways to the same numbers, the table, going on."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cor_vllm import scores
+from cor_vllm.cli import main
+from cor_vllm.evaluate import runs
+from cor_vllm.evaluate.runs import Run
+from examples.demo.server import serve
+from tests.e2e.test_vllm_commands import of_processes
+from tests.make_scores import make
+
+pytestmark = pytest.mark.slow
+DEMO = Path("examples/demo")
+MODEL = DEMO / "model"
+TASK = str(DEMO / "tasks" / "demo_tail.yaml")
+LIMIT = "12"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("scores") / "scores.safetensors"
+    scores.save(path, make(MODEL, k=[2, 3, 4, 4, 5, 6]))
+    return path
+
+
+def evaluate(file: Path, output: Path, *flags: str, tasks: str = TASK) -> int:
+    command = ["evaluate", str(MODEL), "--cor-scores", str(file), "--output", str(output), "--tasks", tasks]
+    return main([*command, "--limit", LIMIT, *flags])
+
+
+@pytest.fixture(scope="module")
+def transformers_runs(file, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("transformers")
+    rows = "quick,static-5,gate-router,gate-output,dola,full-dola,random,full-fused"
+    assert evaluate(file, output, "--backend", "transformers", "--conditions", rows) == 0
+    return output
+
+
+def read(folder: Path, condition: str) -> Run:
+    return runs.load(runs.path_of(folder, condition))
+
+
+def gold(run: Run) -> dict[str, float]:
+    return run.benchmarks["demo_tail"].items["gold"]
+
+
+def test_the_table_has_every_condition_and_its_noise(transformers_runs):
+    table = (transformers_runs / "table.md").read_text()
+    assert table.count("\n| full-dola |") == 4  # accuracy, right answer, margin, legend
+    assert gold(read(transformers_runs, "standard")) == gold(read(transformers_runs, "standard-again"))
+    line = next(line for line in table.splitlines() if line.startswith("| standard-again |"))
+    assert "+0.00 [+0.00, +0.00], p 1.000, *noise*" in line
+
+
+def test_every_condition_does_something_else(transformers_runs):
+    found = {
+        path.stem: tuple(gold(runs.load(path)).values())
+        for path in transformers_runs.glob("*.json")
+        if path.stem != "standard-again"
+    }
+    assert len(set(found.values())) == len(found) == 11
+    full, static = read(transformers_runs, "full"), read(transformers_runs, "static-5")
+    assert (full.activations, static.activations) == (24, 30)
+    assert 0 < full.slots_changed < 1 and static.slots_changed == 0
+
+
+def test_the_same_command_goes_on_and_other_options_are_refused(file, transformers_runs, capsys):
+    before = {path.name: path.read_bytes() for path in transformers_runs.glob("*.json")}
+    assert evaluate(file, transformers_runs, "--backend", "transformers", "--conditions", "quick") == 0
+    assert "full: there already" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in transformers_runs.glob("*.json")} == before
+    other = ["--backend", "transformers", "--conditions", "full", "--cor-lambda", "0.2"]
+    assert evaluate(file, transformers_runs, *other) == 1
+    assert "full.json: a result made with another options" in capsys.readouterr().err
+
+
+def test_an_engine_and_a_server_give_the_same_likelihoods(file, transformers_runs, tmp_path):
+    engine = ["--max-model-len", "256", "--enforce-eager", "--dtype", "float32"]
+    assert evaluate(file, tmp_path / "engine", "--conditions", "full", *engine) == 0
+    flags = [*engine, "--cor-scores", str(file)]
+    with serve(MODEL, *flags, log=tmp_path / "log", env=of_processes()) as url:
+        assert evaluate(file, tmp_path / "server", "--server", f"full={url}") == 0
+    for folder, condition in (("engine", "standard"), ("engine", "full"), ("server", "full")):
+        mine, theirs = gold(read(tmp_path / folder, condition)), gold(read(transformers_runs, condition))
+        assert mine.keys() == theirs.keys() and len(mine) == int(LIMIT)
+        assert mine == pytest.approx(theirs, abs=2e-3), (folder, condition)
+    served = json.loads(runs.path_of(tmp_path / "server", "full").read_text())["settings"]["cor"]
+    assert served is not None, "what GET /v1/cor said is part of the result"
+    assert "nothing to compare with" in (tmp_path / "server" / "table.md").read_text()
+
+
+def test_tune_reports_on_items_that_took_no_part(file, tmp_path, capsys):
+    command = ["tune", str(MODEL), "--cor-scores", str(file), "--output", str(tmp_path), "--tasks", TASK]
+    assert main([*command, "--limit", LIMIT, "--backend", "transformers", "--grid", "0.05"]) == 0
+    text = capsys.readouterr().out
+    assert "Chosen: **" in text and "| expert-lambda0.05 |" in text
+
+
+def test_a_condition_that_a_server_cannot_do_is_refused(file, tmp_path, capsys):
+    assert evaluate(file, tmp_path, "--conditions", "dola") == 1
+    assert "only transformers can do them" in capsys.readouterr().err

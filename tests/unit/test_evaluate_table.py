@@ -1,0 +1,186 @@
+"""Conditions, runs and the report, without a model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cor_vllm.config import CorConfig, plan
+from cor_vllm.evaluate import runs
+from cor_vllm.evaluate.benchmarks import Benchmark, EvaluationError, chosen
+from cor_vllm.evaluate.conditions import Permuted, RandomBias, Sources, select, table
+from cor_vllm.evaluate.items import read_items
+from cor_vllm.evaluate.report import cells, render
+from cor_vllm.evaluate.runs import Column, Run
+from cor_vllm.evaluate.tuning import halve, mean_score
+from cor_vllm.scores import Scores
+from tests.make_scores import make
+from tests.tiny_models import build
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory: pytest.TempPathFactory) -> Scores:
+    folder = tmp_path_factory.mktemp("model")
+    build("qwen3_moe", folder)
+    generator = torch.Generator().manual_seed(3)
+    return make(folder, k=[2, 3, 4], cei=torch.rand(3, 7, generator=generator))
+
+
+def test_every_condition_is_something_that_the_server_takes(scores: Scores) -> None:
+    rows = table(Sources({"": scores, "facts": scores}), 0.1)
+    assert len({row.name for row in rows}) == len(rows)
+    for row in rows:
+        if row.options is not None:
+            changed = row.change(scores) if row.change else scores
+            layers = plan(CorConfig.of({"scores": "-", **row.options}), changed)
+            assert len(layers) == 3, row.name
+
+
+def test_permuted_keeps_each_layers_values_and_nothing_else(scores: Scores) -> None:
+    changed = Permuted(0)(scores)
+    assert torch.equal(changed.cei.sort(dim=1).values, scores.cei.sort(dim=1).values)
+    assert not torch.equal(changed.cei, scores.cei)
+    assert not torch.equal(changed.cei, Permuted(1)(scores).cei)
+    assert torch.equal(changed.k, scores.k)
+
+
+def test_random_bias_has_the_norm_of_cei(scores: Scores) -> None:
+    noise = RandomBias(0)
+    changed = noise(scores).cei * noise.scale(scores)
+    for ours, theirs in zip(changed, scores.cei, strict=True):
+        norms = [(values - values.mean()).norm().item() for values in (ours, theirs)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    assert noise(scores).cei.min() >= 0
+    assert noise(scores).cei.max() <= 1
+
+
+def test_conditions_are_chosen_by_name_beginning_and_group(scores: Scores) -> None:
+    rows = table(Sources({"": scores}), 0.1)
+    names = [row.name for row in select(rows, ["static-*"])]
+    assert names == ["standard", "static-4", "static-5", "static-6", "static-7"]
+    assert [row.name for row in select(rows, ["full"])] == ["standard", "full"]
+    assert len(select(rows, ["all"])) == len(rows)
+    assert "dola" in [row.name for row in select(rows, ["paper"])]
+    with pytest.raises(EvaluationError, match="--conditions ful: unknown; known are all, quick"):
+        select(rows, ["ful"])
+
+
+def test_benchmarks_are_chosen_by_name_group_and_file(tmp_path: Path) -> None:
+    assert [b.task for b in chosen(["general"])] == ["gsm8k", "mmlu", "arc_challenge", "arc_easy"]
+    assert len(chosen(["factual", "truthfulqa_mc1"])) == 6
+    with pytest.raises(EvaluationError, match="--tasks trivia: unknown"):
+        chosen(["trivia"])
+    with pytest.raises(EvaluationError, match="no such file"):
+        chosen([str(tmp_path / "own.yaml")])
+
+
+def sample(number: int, likelihoods: list[float], target: int = 0) -> dict:
+    return {
+        "doc_id": number,
+        "doc": {},
+        "filter": "none",
+        "acc": float(max(range(len(likelihoods)), key=likelihoods.__getitem__) == target),
+        "target": target,
+        "filtered_resps": [(value, False) for value in likelihoods],
+        "arguments": [("context", " word" * (i + 1)) for i in range(len(likelihoods))],
+    }
+
+
+def count_words(context: str, text: str) -> int:
+    return len(text.split())
+
+
+def test_margin_is_the_right_answer_less_the_wrong_ones() -> None:
+    items = read_items(
+        Benchmark("any", "acc"), {"any": [sample(4, [-3.0, -1.0, -2.0], target=1)]}, count_words
+    )
+    assert items == {"score": {"any/4": 1.0}, "gold": {"any/4": -1.0}, "margin": {"any/4": 1.5}}
+
+
+def test_factor_compares_means_per_token() -> None:
+    # The sums prefer the first answer, the means the second, which is twice as long.
+    rows = {"factor_news": [sample(0, [-3.0, -4.0])]}
+    assert read_items(Benchmark("factor_news", "acc"), rows, count_words)["score"] == {"factor_news/0": 0.0}
+    assert read_items(Benchmark("any", "acc"), {"any": [sample(0, [-3.0, -4.0])]}, count_words)["score"] == {
+        "any/0": 1.0
+    }
+
+
+def test_only_the_filter_that_counts_is_read() -> None:
+    rows = [sample(0, [-1.0, -2.0]), {**sample(0, [-2.0, -1.0]), "filter": "other"}]
+    assert read_items(Benchmark("any", "acc", filter="other"), {"any": rows}, count_words)["score"] == {
+        "any/0": 0.0
+    }
+
+
+def run(condition: str, values: list[float], **settings: object) -> Run:
+    return Run(
+        condition=condition,
+        description=f"what {condition} is",
+        key=runs.key_of({"condition": condition, **settings}),
+        model="Qwen3-30B-A3B",
+        backend="vllm",
+        settings=dict(settings),
+        versions={"cor-vllm": "0"},
+        benchmarks={
+            "triviaqa": Column(
+                metric="exact_match",
+                items={"score": {f"triviaqa/{i}": value for i, value in enumerate(values)}},
+                tokens=100,
+                seconds=2.0,
+            )
+        },
+    )
+
+
+WORSE, BETTER = [0.0] * 60 + [1.0] * 40, [1.0] * 100
+SHIFTED = [1.0] + [0.0] * 59 + [1.0] * 40
+
+
+def test_the_report_says_what_is_noise_and_what_the_paper_has() -> None:
+    text = render(
+        [run("standard", WORSE), run("standard-again", WORSE), run("full", BETTER), run("layer", SHIFTED)]
+    )
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    assert "100.00 (**+60.00 [+50.00" in text and "paper 39.70" in text
+    layer = next(line for line in text.splitlines() if line.startswith("| layer | 41"))
+    assert "*noise*" in layer
+    assert rows["full"].endswith("| 50 |")  # tokens per second
+
+
+def test_a_difference_within_the_repeats_own_is_noise() -> None:
+    found = render([run("standard", WORSE), run("standard-again", BETTER), run("full", BETTER)])
+    line = next(line for line in found.splitlines() if line.startswith("| full | 100"))
+    assert "*noise*" in line
+
+
+def test_p_is_corrected_for_the_number_of_conditions() -> None:
+    rows = [run("standard", WORSE), run("standard-again", WORSE)]
+    rows += [run(f"c{i}", [1.0] * 6 + [0.0] * 54 + [1.0] * 40) for i in range(10)]
+    found = cells(rows, "score")["c0", "triviaqa"]
+    assert found.found.p == pytest.approx(2 / 2**6)
+    assert found.corrected == pytest.approx(min(1, 10 * 2 / 2**6))
+
+
+def test_without_a_reference_nothing_is_compared() -> None:
+    assert "nothing to compare with" in render([run("full", BETTER)])
+
+
+def test_runs_go_on_and_refuse_others_of_the_same_name(tmp_path: Path) -> None:
+    first = run("full", BETTER, limit=10)
+    runs.save(tmp_path, first)
+    assert runs.resumed(tmp_path, run("full", [], limit=10)) == first
+    with pytest.raises(EvaluationError, match="another limit; give another --output"):
+        runs.resumed(tmp_path, run("full", [], limit=20))
+    runs.path_of(tmp_path, "full").write_text("{")
+    with pytest.raises(EvaluationError, match="delete it"):
+        runs.resumed(tmp_path, run("full", [], limit=10))
+
+
+def test_halves_share_no_item_and_are_the_same_for_every_run() -> None:
+    tuning, report = halve(run("full", BETTER), seed=0)
+    other = halve(run("layer", SHIFTED), seed=0)
+    items = [set(half.benchmarks["triviaqa"].items["score"]) for half in (tuning, report, *other)]
+    assert items[0].isdisjoint(items[1]) and len(items[0]) == len(items[1]) == 50
+    assert items[:2] == items[2:]
+    assert mean_score(tuning) == 1.0
