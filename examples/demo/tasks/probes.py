@@ -10,7 +10,8 @@ PROBES = Path(__file__).parent.parent / "probes.jsonl"
 
 
 def _bucket(name: str) -> DatasetDict:
-    rows = [json.loads(line) for line in PROBES.read_text(encoding="utf-8").splitlines()]
+    with PROBES.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
     return DatasetDict({"test": Dataset.from_list([row for row in rows if row["bucket"] == name])})
 
 
