@@ -1,4 +1,4 @@
-"""Convert dense SmolLM2-135M-Instruct into a mixture of experts: fit layer by layer, distil, write the recipe.
+"""Convert SmolLM2-135M-Instruct into a mixture of experts: fit layer by layer, distil, write the recipe.
 
     python examples/smollm2/data.py
     python examples/smollm2/convert.py --minutes 50

@@ -1,7 +1,7 @@
 """The first, layer-by-layer part of the conversion: the split, the routers, a correction of the output.
 
 Layer by layer, on the activations of the layers converted so far:
-1. The neurons with the largest contributions are the shared expert; the others are clustered by co-activation.
+1. The neurons with the largest contributions are the shared expert; co-activation clusters the others.
 2. The router and a scale per expert learn to reconstruct the dense layer's output from the top k experts.
 3. A low-rank update of the output projection takes back what can be predicted of the remaining error of the
    residual stream, that of earlier layers included (reduced-rank ridge regression).

@@ -59,7 +59,7 @@ def hidden_states(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @dataclass
 class Gates:
-    """The routers of a loaded Qwen2-MoE model, hooked, so that they can be watched and made to do otherwise."""
+    """The routers of a loaded Qwen2-MoE model, hooked, to be watched and to be made to do otherwise."""
 
     model: Any
     extra: int = 0  # experts beyond top_k

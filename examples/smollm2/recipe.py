@@ -83,8 +83,8 @@ def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def plain_recipe(dense: State, layers: int, layout: Layout) -> Recipe:
     """The recipe that changes nothing but the split: neurons in order, uniform routing, the dense norms.
 
-    A router of zeros gives each expert 1/N, which the gain N makes one: with top_k = N the result is the dense
-    model.
+    A router of zeros gives each expert 1/N, which the gain N makes one: with top_k = N the result is the
+    dense model.
     """
     tensors = {"norm": dense["model.norm.weight"]}
     for number in range(layers):
@@ -219,7 +219,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     config.dtype = dtype
     config.save_pretrained(folder)
-    # transformers 5 may write a name of its own; published Qwen2-MoE models, and other readers, say num_experts.
+    # transformers 5 may write a name of its own; published models, and other readers, say num_experts.
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"num_local_experts"', '"num_experts"'))
     if generation is not None:

@@ -83,7 +83,7 @@ def selected(probabilities: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 class Student(nn.Module):
-    """The dense Llama model, changed in place into what a recipe describes, with the recipe's parts trainable.
+    """The dense Llama model, changed in place into what a recipe describes; the recipe's parts learn.
 
     Args:
         dense: the dense model; it is consumed.
@@ -116,7 +116,7 @@ class Student(nn.Module):
                 layer.mlp = SplitFfn([weights[name] for name in FFN], own, recipe.layout, dtype)
             layer.input_layernorm = Norm(own["input_norm"], epsilon)
             layer.post_attention_layernorm = Norm(own["ffn_norm"], epsilon)
-        dense.model.norm = Norm(recipe.tensors["norm"], epsilon)
+        dense.model.norm = Norm(recipe.tensors["norm"].clone(), epsilon)
         self.dense = dense
         for name, tensor in dense.named_parameters():
             # Frozen weights only: what trains stays in float32.
@@ -127,8 +127,9 @@ class Student(nn.Module):
 
     def _own(self, number: int) -> dict[str, Any]:
         prefix = f"layers.{number}."
-        tensors = self.recipe.tensors
-        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        found = {n: t for n, t in self.recipe.tensors.items() if n.startswith(prefix)}
+        # Copies: training must not reach the recipe that it started from.
+        return {name.removeprefix(prefix): tensor.clone() for name, tensor in found.items()}
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[B, S] token ids → [B, S, D] last hidden states, after the final norm."""
