@@ -49,7 +49,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dense-layers", type=int, nargs="*", default=[0], help="layers left dense")
     parser.add_argument("--fit-rows", type=int, default=64, help="sequences for the layer-by-layer fit")
     parser.add_argument("--rows", type=int, default=4, help="sequences a step of the distillation")
-    parser.add_argument("--ranks", type=int, nargs=2, default=[10, 8], help="of FFN and attention updates")
+    parser.add_argument("--ranks", type=int, nargs=2, default=[8, 6], help="of FFN and attention updates")
     parser.add_argument("--down-rank", type=int, default=16, help="of the output projections' updates")
     parser.add_argument("--rate", type=float, default=1.0, help="factor on all learning rates")
     parser.add_argument("--device", default="cpu")

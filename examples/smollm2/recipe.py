@@ -58,7 +58,8 @@ class Recipe:
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
         rounded = {name: stored(name, tensor) for name, tensor in self.tensors.items()}
-        metadata = {"layout": json.dumps(asdict(self.layout)), "made": json.dumps(self.made)}
+        # One entry: safetensors writes several in no fixed order.
+        metadata = {"recipe": json.dumps({"layout": asdict(self.layout), "made": self.made})}
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(rounded, path.with_suffix(".new"), metadata=metadata)
         path.with_suffix(".new").replace(path)
@@ -66,11 +67,11 @@ class Recipe:
     @staticmethod
     def load(path: Path) -> Recipe:
         with safe_open(path, "pt") as handle:
-            metadata = handle.metadata()
+            metadata = json.loads(handle.metadata()["recipe"])
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        layout = json.loads(metadata["layout"])
+        layout = metadata["layout"]
         layout["dense_layers"] = tuple(layout["dense_layers"])
-        return Recipe(Layout(**layout), tensors, json.loads(metadata["made"]))
+        return Recipe(Layout(**layout), tensors, metadata["made"])
 
 
 def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
