@@ -28,8 +28,8 @@ class Settings:
     """Peak learning rates by kind of parameter, and the size of a step."""
 
     router: float = 2e-3
-    gain: float = 2e-3
-    norm: float = 1e-3
+    gain: float = 2e-3  # relative, as for the norms
+    norm: float = 2e-3
     update: float = 1e-3
     rows: int = 4
     positions: float = 0.5  # share of the positions that the loss looks at

@@ -35,15 +35,22 @@ class Projection(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMS norm with float32 weight and arithmetic, and its input's type outside."""
+    """RMS norm with float32 weight and arithmetic, and its input's type outside.
+
+    What learns is a factor on the weight: the weights' sizes differ too much for one learning rate.
+    """
 
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight.float())
+        self.register_buffer("start", weight.float())
+        self.norm = nn.Parameter(torch.ones_like(self.start))
         self.epsilon = epsilon
 
+    def weight(self) -> torch.Tensor:
+        return self.start * self.norm
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        out = functional.rms_norm(inputs.float(), self.weight.shape, self.weight, self.epsilon)
+        out = functional.rms_norm(inputs.float(), self.start.shape, self.weight(), self.epsilon)
         return out.to(inputs.dtype)
 
 
@@ -59,7 +66,8 @@ class SplitFfn(nn.Module):
         order = own["permutation"].long()
         self.register_buffer("permutation", order)
         self.router = nn.Parameter(own["router"].float())
-        self.gain = nn.Parameter(own["gain"].float())
+        self.register_buffer("start", own["gain"].float())
+        self.gain = nn.Parameter(torch.ones_like(self.start))  # a factor, as in Norm
         self.gate = Projection(dense[0][order], own["gate"], dtype)
         self.up = Projection(dense[1][order], own["up"], dtype)
         self.down = Projection(dense[2][:, order], own["down"], dtype)
@@ -70,7 +78,7 @@ class SplitFfn(nn.Module):
         rows = inputs.reshape(-1, inputs.shape[-1])
         self.probabilities = functional.linear(rows.float(), self.router).softmax(-1)
         weights = self.probabilities * selected(self.probabilities, layout.top_k)
-        hidden = functional.silu(self.gate(rows)) * self.up(rows) * self.gain.to(rows.dtype)
+        hidden = functional.silu(self.gate(rows)) * self.up(rows) * (self.start * self.gain).to(rows.dtype)
         shared, routed = hidden.split([layout.shared, layout.experts * layout.expert_size], 1)
         routed = routed.view(-1, layout.experts, layout.expert_size) * weights[..., None].to(rows.dtype)
         return self.down(torch.cat([shared, routed.flatten(1)], 1)).view_as(inputs)
@@ -144,24 +152,23 @@ class Student(nn.Module):
         for name, parameter in self.dense.named_parameters():
             if parameter.requires_grad:
                 last = name.rsplit(".", 1)[-1]
-                found["norm" if last == "weight" else {"a": "update", "b": "update"}.get(last, last)].append(
-                    parameter
-                )
+                found["update" if last in ("a", "b") else last].append(parameter)
         return found
 
     def export(self, made: dict[str, Any]) -> Recipe:
         """The recipe of the present parameters."""
-        tensors = {"norm": self.dense.model.norm.weight}
+        tensors: dict[str, torch.Tensor] = {"norm": self.dense.model.norm.weight()}
         for number, layer in enumerate(self.dense.model.layers):
             prefix = f"layers.{number}."
-            tensors[prefix + "input_norm"] = layer.input_layernorm.weight
-            tensors[prefix + "ffn_norm"] = layer.post_attention_layernorm.weight
+            tensors[prefix + "input_norm"] = layer.input_layernorm.weight()
+            tensors[prefix + "ffn_norm"] = layer.post_attention_layernorm.weight()
             parts = {name: getattr(layer.self_attn, f"{name}_proj") for name in ATTENTION}
             if isinstance(layer.mlp, SplitFfn):
                 parts |= {name: getattr(layer.mlp, name) for name in FFN}
-                for name in ("permutation", "router", "gain"):
-                    tensors[prefix + name] = getattr(layer.mlp, name)
+                tensors[prefix + "permutation"] = layer.mlp.permutation
+                tensors[prefix + "router"] = layer.mlp.router
+                tensors[prefix + "gain"] = layer.mlp.start * layer.mlp.gain
             for name, part in parts.items():
                 tensors |= {f"{prefix}{name}.a": part.a, f"{prefix}{name}.b": part.b}
-        copied = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        copied = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         return Recipe(self.recipe.layout, copied, made)
