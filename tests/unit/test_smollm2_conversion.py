@@ -15,8 +15,10 @@ pytest.importorskip("transformers")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 sys.path.insert(0, str(EXAMPLE))
 
+import data  # noqa: E402
 import distill  # noqa: E402
 import fit  # noqa: E402
+import measure  # noqa: E402
 import packages  # noqa: E402
 import recipe  # noqa: E402
 import student  # noqa: E402
@@ -191,6 +193,40 @@ def test_fit_is_better_than_uniform_routing_and_distillation_resumes(dense, ids,
         torch.testing.assert_close(ours.tensors[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
 
 
+@torch.no_grad()
+def test_watched_gates_change_nothing_until_told_to(dense, ids, tmp_path):
+    converted = loaded(dense, varied(dense, TOP_2), tmp_path)
+    stock = converted(ids).logits
+    gates = measure.Gates(converted)
+    assert torch.equal(converted(ids).logits, stock)
+    table = measure.routing_table(gates)
+    assert [row["layer"] for row in table] == [1, 2]
+    assert all(0 < row["gap"] < 1 and row["load_min"] <= 0.5 <= row["load_max"] for row in table)
+    gates.extra = 2
+    wider = converted(ids).logits
+    assert not torch.allclose(wider, stock)
+    gates.extra, gates.random = 0, torch.Generator().manual_seed(0)
+    assert not torch.allclose(converted(ids).logits, stock)
+
+
+def test_brown_loses_its_tags_and_reads_as_print():
+    tagged = "\n\tHe/pps said/vbd :/: ``/`` 1/2/cd of/in it/ppo (/( yes/rb )/) ''/'' ?/. ?/.\n\n"
+    assert data.untagged(tagged) == 'He said: "1/2 of it (yes)"?'
+
+
+def test_training_text_holds_nothing_held_out(tmp_path):
+    passages = [f"passage {number}." for number in range(data.BOOLQ_HELD_OUT + 3)]
+    (tmp_path / "boolq.txt").write_text("\n\n".join(passages))
+    (tmp_path / "brown.txt").write_text("a" * data.BROWN_HELD_OUT + "b" * 10)
+    (tmp_path / "sotu.txt").write_text("Fellow citizens")
+    (tmp_path / "nq_open.jsonl").write_text('{"question": "who is it", "answer": "nobody"}\n')
+    training, held_out = data.training_texts(tmp_path, seed=0), data.held_out_texts(tmp_path)
+    assert set(training["brown"]) == {"a"} and set(held_out["brown"]) == {"b"}
+    assert held_out["boolq"].split("\n") == passages[-3:]
+    assert not set(training["boolq"].split("\n")) & set(held_out["boolq"].split("\n"))
+    assert "ho is it" in training["nq_open"] and "nobody" in training["nq_open"]
+
+
 def test_another_file_is_refused(tmp_path):
     path = tmp_path / packages.SMOLLM2.file
     path.write_bytes(b"something else")
@@ -215,9 +251,7 @@ def test_perplexity_on_held_out_passages_is_near_the_dense_models(tmp_path):
     import zipfile
 
     import build
-    import data
     import dense as source
-    import measure
     from transformers import AutoModelForCausalLM
 
     made = recipe.Recipe.load(EXAMPLE / "recipe.safetensors")
