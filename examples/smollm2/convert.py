@@ -31,7 +31,7 @@ from student import Student
 
 LENGTH = 256
 # Shares of the training rows. Wikipedia and plain questions are nearest to what such models are asked.
-MIXTURE = {"boolq": 0.35, "brown": 0.4, "nq_open": 0.13, "sotu": 0.12}
+MIXTURE = {"boolq": 0.45, "brown": 0.3, "nq_open": 0.15, "sotu": 0.1}
 SOTU_START = 9_000_000  # characters: the older addresses are long and much alike
 
 
@@ -45,9 +45,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=packages.DEFAULT_CACHE, help="downloads go here")
     parser.add_argument("--minutes", type=float, default=50, help="time for the distillation")
     parser.add_argument("--save-minutes", type=float, default=5, help="between checkpoints")
-    parser.add_argument("--top-k", type=int, default=10, help="of 16 experts")
-    parser.add_argument("--dense-layers", type=int, nargs="*", default=[0], help="layers left dense")
-    parser.add_argument("--fit-rows", type=int, default=64, help="sequences for the layer-by-layer fit")
+    parser.add_argument("--top-k", type=int, default=12, help="of 16 experts")
+    parser.add_argument("--dense-layers", type=int, nargs="*", default=[0, 1, 2, 3], help="layers left dense")
+    parser.add_argument("--fit-rows", type=int, default=40, help="sequences for the layer-by-layer fit")
     parser.add_argument("--rows", type=int, default=4, help="sequences a step of the distillation")
     parser.add_argument("--ranks", type=int, nargs=2, default=[8, 6], help="of FFN and attention updates")
     parser.add_argument("--down-rank", type=int, default=16, help="of the output projections' updates")

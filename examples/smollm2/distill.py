@@ -20,7 +20,7 @@ from torch.nn import functional
 WARMUP = 20
 FLOOR = 0.02  # of the peak learning rates, at the end
 CHUNK = 128  # positions at a time where [P, vocabulary] is needed
-EVEN, INSIDE = 0.02, 0.1
+EVEN, INSIDE = 0.02, 0.02
 
 
 @dataclass(frozen=True)
