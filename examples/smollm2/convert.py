@@ -46,7 +46,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=50, help="time for the distillation")
     parser.add_argument("--save-minutes", type=float, default=5, help="between checkpoints")
     parser.add_argument("--top-k", type=int, default=12, help="of 16 experts")
-    parser.add_argument("--dense-layers", type=int, nargs="*", default=[0, 1, 2, 3, 4, 5], help="layers left dense")
+    parser.add_argument(
+        "--dense-layers", type=int, nargs="*", default=[0, 1, 2, 3, 4, 5], help="layers left dense"
+    )
     parser.add_argument("--fit-rows", type=int, default=40, help="sequences for the layer-by-layer fit")
     parser.add_argument("--rows", type=int, default=4, help="sequences a step of the distillation")
     parser.add_argument("--ranks", type=int, nargs=2, default=[8, 6], help="of FFN and attention updates")

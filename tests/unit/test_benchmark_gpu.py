@@ -18,7 +18,6 @@ from benchmarks.distinct import Recorder
 from benchmarks.kernel_check import Case, Inputs, difference
 from benchmarks.ratios import Ratio, at_least, paired
 from cor_vllm.kernels import reference
-from tests import tiny_models
 
 
 def noisy(level: float, rounds: int, seed: int) -> list[float]:
@@ -310,24 +309,3 @@ assert 1.8 < logits.std() < 2.2 and (one.norm.weight == 1).all() and (one.w13_we
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.mark.slow
-def test_two_servers_side_by_side(tmp_path: Path) -> None:
-    """Real servers, vLLM's own client, experts counted: one round of the stock server against `full`."""
-    model = tiny_models.build("qwen3_moe", tmp_path / "tiny")
-    setting = serving.on_cpu(tmp_path, model, [2])
-    setting = dataclasses.replace(setting, cor={"full": setting.cor["full"]}, flags=(*setting.flags[:-3],
-                                  "256", "--max-num-seqs", "8"), input_len=16, output_len=8)  # fmt: skip
-    flat = serving.run(setting, 5, 1.0, 1, tmp_path)
-    counted = {
-        each.name: {2: json.loads(servers.count_experts(each, setting).communicate()[0].splitlines()[-1])[0]}
-        for each in setting.contestants()
-    }
-    rows = {row["server"]: row for row in serving.tables(flat, counted)}
-    assert list(rows) == ["stock", "full", serving.AGAIN]
-    assert all(row["tokens/s"] > 0 and row["TPOT, ms"] > 0 for row in rows.values())
-    assert counted["full"][2]["sum_k"] == counted["stock"][2]["sum_k"] == 9
-    assert 3 <= counted["stock"][2]["distinct"] <= 6
-    assert "CoR: full, 3 MoE layers" in (tmp_path / "full.log").read_text()
-    assert "CoR: " not in (tmp_path / "stock.log").read_text()

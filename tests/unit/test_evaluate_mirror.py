@@ -1,0 +1,91 @@
+"""The mirror of the hub's data that packages and the authors' CSV files give: fields as the hub has them."""
+
+import csv
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "examples" / "smollm2"
+
+
+@pytest.fixture
+def mirror(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(FOLDER))  # its scripts import each other as neighbours
+    for name in ("mirror", "data", "packages", "facts"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import mirror
+
+    return mirror
+
+
+def test_a_mirror_is_read_by_the_data_library(mirror, tmp_path):
+    from datasets import load_dataset
+
+    rows = [{"question": "Which line ends\u2028here?", "answers": ["this", "that"]}]
+    mirror.write(tmp_path / "local" / "set", {"one": {"test": rows}, "two": {"test": [], "dev": rows}})
+    assert load_dataset(str(tmp_path / "local" / "set"), "one")["test"].to_list() == rows
+
+
+def test_truthfulqa_puts_the_right_answers_first(mirror, tmp_path):
+    path = tmp_path / "truthfulqa.csv"
+    fields = ["Question", "Best Answer", "Correct Answers", "Incorrect Answers"]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerow(dict(zip(fields, ["Is it?", "No", "No; It is not;", "Yes; Always"], strict=True)))
+    choices, generation = mirror.truthfulqa(path)
+    assert choices[0]["mc1_targets"] == {"choices": ["No", "Yes", "Always"], "labels": [1, 0, 0]}
+    assert choices[0]["mc2_targets"]["labels"] == [1, 1, 0, 0]
+    assert generation[0]["correct_answers"] == ["No", "It is not"]
+
+
+def test_factor_keeps_its_columns(mirror, tmp_path):
+    path = tmp_path / "factor.csv.gz"
+    with gzip.open(path, "wt", newline="") as file:
+        file.write(",completion,turncated_prefixes\n0,true,prefix\n")
+    assert mirror.factor(path) == [{"index": "0", "completion": "true", "turncated_prefixes": "prefix"}]
+
+
+def question(text: str, answer: str, *aliases: str) -> dict:
+    return {"question": text, "answer": {"value": answer, "aliases": [answer, *aliases]}}
+
+
+def test_wrong_answers_answer_questions_that_begin_alike_and_are_no_alias(mirror):
+    rows = [
+        question("Who wrote Ulysses?", "Joyce", "James Joyce"),
+        question("Who wrote Emma?", "Austen"),
+        question("Who wrote Dubliners?", "James Joyce", "Joyce"),
+        question("Who wrote Faust?", "Goethe"),
+        question("Who wrote Hamlet?", "Shakespeare"),
+        question("Which city is it?", "Rome"),
+    ]
+    items = mirror.trivia_choices(rows)
+    assert len(items) == 5, "a question that nothing else begins like has no choices"
+    first = next(item for item in items if item["question"] == "Who wrote Ulysses?")
+    assert first["answers"][0] == "Joyce"
+    assert set(first["answers"][1:]) == {"Austen", "Goethe", "Shakespeare"}
+    assert mirror.trivia_choices(rows) == items
+
+
+def test_facts_are_the_positions_that_predict_the_answer(mirror):
+    import facts
+
+    class Words:
+        def __call__(self, text: str):
+            return type("Encoded", (), {"input_ids": [len(word) for word in text.split()]})
+
+    ids, positions = facts.sequences([question("Who wrote it?", "James Joyce")] * 3, Words(), 3, seed=0)
+    # "Question: Who wrote it? Answer:" is five words, the answer two; two items hold at least 3 positions.
+    assert ids == [[9, 3, 5, 3, 7, 5, 5]] * 2
+    assert positions == [[4, 5]] * 2
+
+
+def test_a_line_of_a_mirror_may_hold_any_character(mirror, tmp_path):
+    import facts
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "a\u2028b"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert facts.read(path) == [{"question": "a\u2028b"}]
