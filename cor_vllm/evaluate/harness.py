@@ -36,8 +36,9 @@ def transformers_model(model: MoeModel, tokenizer: Any, batch_size: int) -> Any:
                 return self.forward(inps)
 
     return Routed(
-        pretrained=model.model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device)
-    )
+        pretrained=model.model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device),
+        softmax_dtype=torch.float32,  # logits of a bfloat16 model are, too
+    )  # fmt: skip
 
 
 def engine_model(model: str, options: dict[str, Any] | None, arguments: dict[str, Any]) -> Any:
@@ -142,15 +143,20 @@ def _samples(
     lm: Any, tasks: dict[str, Any], items: dict[str, list[int]], seed: int, cache: str | None
 ) -> dict[str, list[dict[str, Any]]]:
     from lm_eval import simple_evaluate
+    from lm_eval.api.model import CacheHook
 
-    found = simple_evaluate(
-        model=lm,
-        tasks=[task for name, task in tasks.items() if items[name]],
-        samples=items,
-        bootstrap_iters=0,
-        use_cache=cache,
-        random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-    )  # fmt: skip
+    try:
+        found = simple_evaluate(
+            model=lm,
+            tasks=[task for name, task in tasks.items() if items[name]],
+            samples=items,
+            bootstrap_iters=0,
+            use_cache=cache,
+            random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+        )  # fmt: skip
+    finally:
+        # The harness leaves it in the model, which would go on writing to a file that is done with.
+        lm.set_cache_hook(CacheHook(None))
     assert found is not None, "this is rank 0"
     samples: dict[str, list[dict[str, Any]]] = found["samples"]
     return samples

@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from cor_vllm import scores
+from cor_vllm.calibrate.loading import load_model, model_folder
 from cor_vllm.cli import main
 from cor_vllm.evaluate import runs
+from cor_vllm.evaluate.benchmarks import chosen, load_task
+from cor_vllm.evaluate.harness import measure, transformers_model
 from cor_vllm.evaluate.runs import Run
 from examples.demo.server import serve
 from tests.e2e.test_vllm_commands import of_processes
@@ -76,6 +80,16 @@ def test_the_same_command_goes_on_and_other_options_are_refused(file, transforme
     other = ["--backend", "transformers", "--conditions", "full", "--cor-lambda", "0.2"]
     assert evaluate(file, transformers_runs, *other) == 1
     assert "full.json: a result made with another options" in capsys.readouterr().err
+
+
+def test_a_benchmark_leaves_no_cache_in_the_model(tmp_path):
+    folder, _ = model_folder(str(MODEL))
+    lm = transformers_model(load_model(folder, "auto", None), AutoTokenizer.from_pretrained(folder), 16)
+    (benchmark,) = chosen((TASK,))
+    tasks = load_task(benchmark, None)
+    kept, again = [measure(lm, benchmark, tasks, 2, 0, cache) for cache in (str(tmp_path / "a"), None)]
+    assert lm.cache_hook.dbdict is None and list(tmp_path.iterdir())
+    assert kept.items == again.items
 
 
 def test_an_engine_and_a_server_give_the_same_likelihoods(file, transformers_runs, tmp_path):
