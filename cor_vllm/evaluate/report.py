@@ -1,6 +1,7 @@
 """The table: every condition against standard on the same items, with what noise would do beside it."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cor_vllm.evaluate import paper
@@ -51,6 +52,37 @@ def cells(
     }
 
 
+def against_permuted(runs: Sequence[Run], quantity: str, seed: int = 0) -> dict[tuple[str, str], Cell]:
+    """(condition, benchmark) → comparison with the same condition under permuted CEI, its control.
+
+    Where there are several permutations an item's control is the mean over them. p corrected over all
+    comparisons (Holm).
+
+    Args:
+        runs: the table's rows; those without permuted rows are left out.
+        quantity: a key of items.Items.
+    """
+    by_name = {run.condition: run for run in runs}
+    controls: dict[str, list[Run]] = {}
+    for run in runs:
+        name = re.sub(r"-permuted(-\d+)?", "", run.condition)
+        if name != run.condition and name in by_name:
+            controls.setdefault(name, []).append(run)
+    found: dict[tuple[str, str], Difference] = {}
+    for name, permuted in controls.items():
+        for benchmark, column in by_name[name].benchmarks.items():
+            complete = [run.benchmarks[benchmark].items for run in permuted if benchmark in run.benchmarks]
+            if complete and quantity in column.items:
+                control = _means([items[quantity] for items in complete])
+                found[name, benchmark] = compare(column.items[quantity], control, seed)
+    corrected = holm([difference.p for difference in found.values()])
+    return {key: Cell(found[key], p, 0.0) for key, p in zip(found, corrected, strict=True)}
+
+
+def _means(several: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {item: sum(each[item] for each in several) / len(several) for item in several[0]}
+
+
 def render(runs: Sequence[Run], reference: str = STANDARD) -> str:
     """The whole report as Markdown: one table per quantity, the paper's numbers, what each row is."""
     names = list(dict.fromkeys(name for run in runs for name in run.benchmarks))
@@ -75,7 +107,7 @@ def render(runs: Sequence[Run], reference: str = STANDARD) -> str:
         ]
         if shown:
             parts += [f"## {title[0].upper()}{title[1:]}", _table(runs, shown, quantity, reference)]
-    parts += ["## What the rows are", _legend(runs)]
+    parts += [*_controls(runs, names), "## What the rows are", _legend(runs)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -98,6 +130,31 @@ def _table(runs: Sequence[Run], names: Sequence[str], quantity: str, reference: 
             values.append(text if reported is None else f"{text}; paper {reported:.2f}")
         lines.append(f"| {run.condition} | " + " | ".join(values) + " |")
     return "\n".join(lines)
+
+
+def _controls(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """Each condition less its own permutations; nothing where there are none."""
+    compared = {quantity: against_permuted(runs, quantity) for quantity in QUANTITIES}
+    lines = []
+    for condition in dict.fromkeys(name for found in compared.values() for name, _ in found):
+        for quantity, title in QUANTITIES.items():
+            found = [compared[quantity].get((condition, name)) for name in names]
+            scale = 100 if quantity == "score" else 1
+            if any(found):
+                values = ["" if cell is None else _difference(cell, scale) for cell in found]
+                lines.append(f"| {condition} | {title} | " + " | ".join(values) + " |")
+    if not lines:
+        return []
+    head = [
+        "| condition | difference in | " + " | ".join(names) + " |",
+        "| --- | --- |" + " --- |" * len(names),
+    ]
+    return [
+        "## Against permuted CEI",
+        "Each condition less the same with CEI shuffled within its layers (the mean of the permutations), on "
+        "the same items: what is left is due to which experts CEI names. p corrected within each quantity.",
+        "\n".join([*head, *lines]),
+    ]
 
 
 def _difference(cell: Cell, scale: float) -> str:

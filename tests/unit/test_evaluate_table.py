@@ -10,7 +10,7 @@ from cor_vllm.evaluate import runs
 from cor_vllm.evaluate.benchmarks import Benchmark, EvaluationError, chosen
 from cor_vllm.evaluate.conditions import Permuted, RandomBias, Sources, select, table
 from cor_vllm.evaluate.items import read_items
-from cor_vllm.evaluate.report import cells, render
+from cor_vllm.evaluate.report import against_permuted, cells, render
 from cor_vllm.evaluate.runs import Column, Run
 from cor_vllm.evaluate.tuning import halve, mean_score
 from cor_vllm.scores import Scores
@@ -160,6 +160,26 @@ def test_p_is_corrected_for_the_number_of_conditions() -> None:
     found = cells(rows, "score")["c0", "triviaqa"]
     assert found.found.p == pytest.approx(2 / 2**6)
     assert found.corrected == pytest.approx(min(1, 10 * 2 / 2**6))
+
+
+def test_a_condition_is_held_against_its_own_permutations() -> None:
+    rows = [
+        run("standard", WORSE),
+        run("full", BETTER),
+        run("full-permuted", BETTER),
+        run("expert@facts", BETTER),
+        run("expert-permuted-0@facts", WORSE),
+        run("expert-permuted-1@facts", BETTER),
+        run("expert-swap0.05-permuted", WORSE),
+    ]
+    found = against_permuted(rows, "score")
+    gain = sum(BETTER) / len(BETTER) - sum(WORSE) / len(WORSE)
+    assert {name: cell.found.difference for (name, _), cell in found.items()} == {
+        "full": 0,
+        "expert@facts": pytest.approx(gain / 2),
+    }
+    assert "## Against permuted CEI" in render(rows)
+    assert "## Against permuted CEI" not in render(rows[:2])
 
 
 def test_without_a_reference_nothing_is_compared() -> None:
