@@ -42,7 +42,8 @@ def _draw(axis: Any, runs: Sequence[Run], name: str, label: str) -> None:
     static = []
     for run in runs:
         column = run.benchmarks[name]
-        x = run.activations if label.startswith("experts") else column.tokens / column.seconds
+        speed = column.tokens / column.seconds if column.seconds else None
+        x = run.activations if label.startswith("experts") else speed
         if x is None:
             continue
         mean, low, high = _score(column)

@@ -135,15 +135,18 @@ def _complete(
     for benchmark, tasks in missing.items():
         name = benchmark.task
         kept = cache / f"{run.condition}-{name}-{run.key[:12]}"
+        goes_on = any(cache.glob(f"{kept.name}*"))
         column = measure(lm, benchmark, tasks, options.limit, options.seed, str(kept))
+        took = f"{column.seconds:.0f} s"
+        if goes_on:
+            column = column.model_copy(update={"seconds": None})
         run.benchmarks[name] = column
         runs.save(options.output, run)
         for file in cache.glob(f"{kept.name}*"):
             file.unlink()
         scores = column.items["score"].values()
         console.print(
-            f"{run.condition}: {name} {sum(scores) / len(scores):.4f} ({len(scores)} items, "
-            f"{column.seconds:.0f} s)",
+            f"{run.condition}: {name} {sum(scores) / len(scores):.4f} ({len(scores)} items, {took})",
             highlight=False,
         )
     return run

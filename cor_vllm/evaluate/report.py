@@ -178,12 +178,12 @@ def _legend(runs: Sequence[Run]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for run in runs:
-        seconds = sum(column.seconds for column in run.benchmarks.values())
-        tokens = sum(column.tokens for column in run.benchmarks.values())
+        timed = [(column.tokens, column.seconds) for column in run.benchmarks.values() if column.seconds]
+        speed = f"{sum(t for t, _ in timed) / sum(s for _, s in timed):.0f}" if timed else ""
         lines.append(
             f"| {run.condition} | {run.description} | "
             f"{'' if run.activations is None else f'{run.activations:g}'} | "
             f"{'' if run.slots_changed is None else f'{run.slots_changed:.1%}'} | "
-            f"{tokens / seconds if seconds else 0:.0f} |"
+            f"{speed} |"
         )
     return "\n".join(lines)

@@ -20,7 +20,7 @@ class Column(BaseModel):
     metric: str
     items: Items
     tokens: int  # read by the model for it
-    seconds: float  # of evaluation alone, without starting an engine
+    seconds: float | None  # of evaluation alone; None: a part came from an interrupted run, at no cost
 
 
 class Run(BaseModel):
