@@ -26,6 +26,7 @@ class CalibrationOptions(BaseModel):
     model: str
     output: Path
     corpus: str | None = None  # None: the shipped corpus, or no held-out text where token_ids is given
+    answers: Path | None = None
     token_ids: Path | None = None
     positions: Path | None = None
     num_tokens: int = Field(default=1000, ge=1)
@@ -75,6 +76,8 @@ class CalibrationOptions(BaseModel):
             )
         if self.easy_percentile > self.hard_percentile:
             raise ValueError("--easy-percentile must not exceed --hard-percentile")
+        if self.answers and self.token_ids:
+            raise ValueError("--answers and --token-ids both name the calibration sequences; give one")
         if self.positions and not self.token_ids:
             raise ValueError("--positions counts positions in given sequences; give them with --token-ids")
         if self.budget == "paper" and self.intensity == "marginal":
@@ -104,7 +107,7 @@ class CalibrationOptions(BaseModel):
         Files are named without their folders, which say nothing about the result.
         """
         values = self.model_dump(mode="json", exclude={"model", "output", "resume"})
-        for field in ("corpus", "token_ids", "positions"):
+        for field in ("corpus", "answers", "token_ids", "positions"):
             if values[field] is not None:
                 values[field] = Path(values[field]).name
         return values

@@ -11,6 +11,7 @@ from cor_vllm.calibrate.config import DEFAULT_CORPUS, CalibrationError
 
 DEFAULT_CORPUS_FILE = Path(__file__).with_name("data") / "default_corpus.txt"
 C4_DOCUMENTS = 2000  # of the validation split, from its start: about a million tokens
+QUESTION = "Question: {question}\nAnswer:"  # how --answers puts a question; a space and the answer follow
 POOL = 8  # windows are drawn from a pool of this many times the positions needed, or from all there are
 
 Tokenize = Callable[[str], list[int]]
@@ -145,6 +146,62 @@ def _pool(documents: Iterable[list[int]], prefix: list[int], seq_len: int, posit
         if sum(len(window) - 1 for window in windows) >= positions:
             break
     return windows
+
+
+def read_answers(path: Path) -> tuple[list[tuple[str, str]], str]:
+    """`--answers`: (question, answer) of every line of a JSONL file, with the file's SHA-256.
+
+    Raises:
+        CalibrationError: unreadable, or a line that is no object with both, neither of them empty.
+    """
+    data = read_input(path, "--answers")
+    items = []
+    for number, line in enumerate(data.decode("utf-8", "replace").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            item = (row["question"].strip(), row["answer"].strip())
+        except (ValueError, TypeError, KeyError, AttributeError):
+            item = ("", "")
+        if not all(item):
+            raise CalibrationError(
+                f"--answers {path}: line {number} is no JSON object with a `question` and an `answer`"
+            )
+        items.append(item)
+    return items, hashlib.sha256(data).hexdigest()
+
+
+def draw_answers(
+    items: Sequence[tuple[str, str]], tokenize: Tokenize, prefix: list[int], wanted: int, seed: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Question-answer pairs, in an order drawn from `seed`, until they have `wanted` positions.
+
+    Returns:
+        (sequences, per sequence the positions that predict the answer's tokens).
+
+    Raises:
+        CalibrationError: there are too few.
+    """
+    order = list(items)
+    random.Random(seed).shuffle(order)
+    sequences: list[list[int]] = []
+    positions: list[list[int]] = []
+    found = 0
+    for question, answer in order:
+        if found >= wanted:
+            break
+        asked = prefix + tokenize(QUESTION.format(question=question))
+        sequence = asked + tokenize(f" {answer}")
+        sequences.append(sequence)
+        positions.append(list(range(len(asked) - 1, len(sequence) - 1)))
+        found += len(sequence) - 1
+    if found < wanted:
+        raise CalibrationError(
+            f"--answers: the {len(order)} questions hold {found} positions, {wanted} are wanted; give more "
+            "questions, or lower --num-tokens"
+        )
+    return sequences, positions
 
 
 def read_token_ids(path: Path, vocab_size: int) -> tuple[list[list[int]], str]:

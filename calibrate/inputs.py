@@ -1,10 +1,17 @@
 """The token sequences of a calibration: from a corpus and a tokenizer, or from files of ids."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cor_vllm.calibrate.config import DEFAULT_CORPUS, CalibrationError, CalibrationOptions
-from cor_vllm.calibrate.corpus import draw, load_corpus, read_positions, read_token_ids
+from cor_vllm.calibrate.corpus import (
+    draw,
+    draw_answers,
+    load_corpus,
+    read_answers,
+    read_positions,
+    read_token_ids,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +30,8 @@ class Inputs:
 def read_inputs(options: CalibrationOptions, folder: Path, vocab_size: int) -> Inputs:
     """Draw calibration and held-out sequences, or read the given ones.
 
-    With --token-ids all of the file's sequences calibrate; held-out positions then come from --corpus, if
-    that is given too, and there are none otherwise.
+    With --answers held-out positions come from --corpus. With --token-ids all of the file's sequences
+    calibrate; held-out positions then come from --corpus, if that is given too, and there are none otherwise.
 
     Args:
         options: corpus, sizes, seed.
@@ -34,25 +41,40 @@ def read_inputs(options: CalibrationOptions, folder: Path, vocab_size: int) -> I
     Raises:
         CalibrationError: unreadable, malformed or too short input.
     """
-    half = options.heldout_tokens // 2 if options.tune else 0
-    heldout_parts = [half, options.heldout_tokens - half]
+    if options.answers is not None:
+        tokenizer = _Tokenizer(folder)
+        items, sha256 = read_answers(options.answers)
+        sequences, hard = draw_answers(items, tokenizer, tokenizer.prefix, options.num_tokens, options.seed)
+        return _with_heldout(Inputs(options.answers.name, sha256, sequences, hard, [], []), options, folder)
     if options.token_ids is None:
         corpus = load_corpus(options.corpus or DEFAULT_CORPUS)
         tokenizer = _Tokenizer(folder)
-        parts = [options.num_tokens, *heldout_parts]
+        parts = [options.num_tokens, *_heldout_parts(options)]
         sequences, tuning, heldout = draw(
             corpus, tokenizer, tokenizer.prefix, options.seq_len, parts, options.seed
         )
         return Inputs(corpus.name, corpus.sha256, sequences, None, heldout, tuning, corpus.name)
     sequences, sha256 = read_token_ids(options.token_ids, vocab_size)
-    hard = read_positions(options.positions, sequences) if options.positions else None
-    name = options.token_ids.name
+    given = read_positions(options.positions, sequences) if options.positions else None
+    inputs = Inputs(options.token_ids.name, sha256, sequences, given, [], [])
+    return _with_heldout(inputs, options, folder)
+
+
+def _with_heldout(inputs: Inputs, options: CalibrationOptions, folder: Path) -> Inputs:
     if options.heldout_corpus is None:
-        return Inputs(name, sha256, sequences, hard, [], [])
+        return inputs
     corpus = load_corpus(options.heldout_corpus)
     tokenizer = _Tokenizer(folder)
-    tuning, heldout = draw(corpus, tokenizer, tokenizer.prefix, options.seq_len, heldout_parts, options.seed)
-    return Inputs(name, sha256, sequences, hard, heldout, tuning, corpus.name)
+    tuning, heldout = draw(
+        corpus, tokenizer, tokenizer.prefix, options.seq_len, _heldout_parts(options), options.seed
+    )
+    return replace(inputs, heldout=heldout, tuning=tuning, heldout_corpus=corpus.name)
+
+
+def _heldout_parts(options: CalibrationOptions) -> list[int]:
+    """Positions to tune on and to report on."""
+    half = options.heldout_tokens // 2 if options.tune else 0
+    return [half, options.heldout_tokens - half]
 
 
 class _Tokenizer:

@@ -88,6 +88,13 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         "validation, streamed; needs the package datasets) (default: the corpus that ships with the package)",
     )
     add(
+        "--answers",
+        metavar="FILE",
+        help="a .jsonl file of questions (key `question`) and answers (key `answer`): calibrate on "
+        "--num-tokens positions of them, the tokens of the answers being the hard ones; --corpus then only "
+        "supplies held-out text (default: none)",
+    )
+    add(
         "--token-ids",
         metavar="FILE",
         help="JSON list of lists of token ids: all of them are the calibration sequences, as they are, and "

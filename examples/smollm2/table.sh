@@ -1,6 +1,6 @@
 #!/bin/sh
 # The whole table of docs/results.md on the converted SmolLM2: build, calibrate in several ways, evaluate.
-# Usage, from the repository's root: [LIMIT=400] [SHARED=../shared/data] sh examples/smollm2/table.sh
+# Usage, from the repository's root: [LIMIT=300] [SHARED=../shared/data] sh examples/smollm2/table.sh
 # Every step that is done already is kept; hours on two CPU cores.
 set -eu
 here=examples/smollm2
@@ -13,18 +13,18 @@ mkdir -p "$scores"
 
 test -e "$model/config.json" || $python $here/build.py --out "$model"
 test -e $work/mirror/local || $python $here/mirror.py --out $work/mirror --shared "${SHARED:-../shared/data}"
-test -e "$scores/ids.json" || $python $here/facts.py "$model" --out "$scores" --positions 500 --mirror $work/mirror
+test -e $work/answers.jsonl || $python $here/facts.py --out $work/answers.jsonl --mirror $work/mirror
 
-# The paper's setting; five times the text; answers in place of the highest losses; units moved by their gain.
+# The paper's setting; four times the text; answers in place of the highest losses, two draws of them.
 named() { name=$1; shift; test -e "$scores/$name.safetensors" || $cor calibrate "$model" --output "$scores/$name.safetensors" "$@"; }
-named main --num-tokens 1000
-named more --num-tokens 5000
-named facts --token-ids "$scores/ids.json" --positions "$scores/positions.json" --corpus default --intensity marginal
-named shrunk --token-ids "$scores/ids.json" --positions "$scores/positions.json" --corpus default --shrink
-named drop --num-tokens 1000 --ablation drop
+named main --num-tokens 1000 --seq-len 128
+named more --num-tokens 4000 --seq-len 128
+for draw in 0 1; do
+	named answers$draw --answers $work/answers.jsonl --num-tokens 3700 --seed $draw --intensity marginal
+done
 
+tasks=$here/tasks/trivia_choices.yaml,$here/tasks/trivia_statements.yaml,$here/tasks/sciq_choices.yaml
 $cor evaluate "$model" --backend transformers --cor-scores "$scores/main.safetensors" \
-	--also more="$scores/more.safetensors" --also facts="$scores/facts.safetensors" \
-	--also shrunk="$scores/shrunk.safetensors" --also drop="$scores/drop.safetensors" \
-	--tasks "$here/tasks/trivia_choices.yaml,$here/tasks/trivia_statements.yaml,$here/tasks/sciq_choices.yaml,arc_easy" \
-	--data $work/mirror --limit "${LIMIT:-400}" --conditions all --output $work/table
+	--also more="$scores/more.safetensors" --also answers0="$scores/answers0.safetensors" \
+	--also answers1="$scores/answers1.safetensors" --tasks $tasks,arc_easy --data $work/mirror \
+	--dtype bfloat16 --batch-size 64 --limit "${LIMIT:-300}" --conditions all --output $work/table

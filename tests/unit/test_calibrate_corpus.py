@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
 from cor_vllm.calibrate.corpus import Corpus, draw, load_corpus, read_positions, read_token_ids
@@ -198,6 +199,41 @@ def test_inputs_from_token_ids(tmp_path: Path, tokenizer_folder: Path) -> None:
     both = read_inputs(options(token_ids=ids, corpus="default", heldout_tokens=40), tokenizer_folder, 512)
     assert both.sequences == alone.sequences and both.sha256 == alone.sha256
     assert sum(len(row) - 1 for row in both.heldout) == 40 and both.heldout_corpus == "default"
+
+
+QUESTIONS = ["Who wrote it?", "Where is it?", "When was that?"]
+
+
+def answers_file(folder: Path) -> Path:
+    file = folder / "answers.jsonl"
+    rows = [{"question": q, "answer": f"No {i}\u2028one"} for i, q in enumerate(QUESTIONS)]
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
+    return file
+
+
+def test_inputs_from_answers(tmp_path: Path, tokenizer_folder: Path) -> None:
+    chosen = options(answers=answers_file(tmp_path), num_tokens=70, heldout_tokens=40)
+    inputs = read_inputs(chosen, tokenizer_folder, 512)
+    assert len(inputs.sequences) == 2 and inputs.hard_positions is not None
+    decode = AutoTokenizer.from_pretrained(tokenizer_folder).decode
+    for ids, positions in zip(inputs.sequences, inputs.hard_positions, strict=True):
+        question, answer = decode(ids).split("\nAnswer:")
+        assert question.removeprefix("Question: ") in QUESTIONS
+        assert decode([ids[t + 1] for t in positions]) == answer and answer.startswith(" No ")
+    assert inputs.name == "answers.jsonl" and inputs.heldout_corpus == "default"
+    assert sum(len(row) - 1 for row in inputs.heldout) == 40
+    other = read_inputs(chosen.model_copy(update={"seed": 1}), tokenizer_folder, 512)
+    assert other.sequences != inputs.sequences
+
+
+def test_unusable_answers(tmp_path: Path, tokenizer_folder: Path) -> None:
+    file = answers_file(tmp_path)
+    with pytest.raises(CalibrationError, match=r"3 questions hold .* positions, 1000 are wanted"):
+        read_inputs(options(answers=file), tokenizer_folder, 512)
+    for line in ('{"question": "Who?"}', '["a", "b"]', '{"question": "Who?", "answer": " "}', "Who?"):
+        file.write_text('{"question": "Who?", "answer": "He"}\n' + line)
+        with pytest.raises(CalibrationError, match="line 2 is no JSON object with a `question` and"):
+            read_inputs(options(answers=file), tokenizer_folder, 512)
 
 
 def test_a_bos_that_the_tokenizer_adds_opens_every_sequence(tmp_path: Path) -> None:

@@ -227,6 +227,7 @@ def test_moving_units_keeps_the_sum_and_one_unit_a_layer(marginal: list[Any]) ->
         ({"delta": 0}, "perturbs nothing"),
         ({"easy_percentile": 95}, "must not exceed"),
         ({"positions": "p.json"}, "give them with --token-ids"),
+        ({"answers": "a.jsonl", "token_ids": "t.json"}, "give one"),
         ({"budget": "paper", "intensity": "marginal"}, "marginal"),
         ({"budget": "paper", "k_min": 2}, "do not apply"),
         ({"k_min": 5, "k_max": 4}, "exceeds"),

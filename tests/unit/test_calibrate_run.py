@@ -230,6 +230,15 @@ def test_given_ids_and_positions(checkpoint: Path, tmp_path: Path) -> None:
     assert scores.config.heldout is None
 
 
+def test_answers(checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_text(json.dumps({"question": "Who?", "answer": "He"}))
+    scores = calibrate(options(checkpoint, tmp_path / "s", answers=file, num_tokens=20), QUIET)
+    info = scores.config.calibration
+    assert (info.corpus, info.num_hard) == ("answers.jsonl", 3)
+    assert scores.config.heldout is not None
+
+
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_sweep_and_plain_write_the_same_tensors(family: str, tmp_path: Path) -> None:
     """Within 1e-5, relative, plus what 5e-6 nats in every single loss come to in each tensor."""

@@ -70,17 +70,14 @@ def test_wrong_answers_answer_questions_that_begin_alike_and_are_no_alias(mirror
     assert mirror.trivia_choices(rows) == items
 
 
-def test_facts_are_the_positions_that_predict_the_answer(mirror):
+def test_facts_are_of_questions_that_no_task_asks(mirror, tmp_path):
     import facts
 
-    class Words:
-        def __call__(self, text: str):
-            return type("Encoded", (), {"input_ids": [len(word) for word in text.split()]})
-
-    ids, positions = facts.sequences([question("Who wrote it?", "James Joyce")] * 3, Words(), 3, seed=0)
-    # "Question: Who wrote it? Answer:" is five words, the answer two; two items hold at least 3 positions.
-    assert ids == [[9, 3, 5, 3, 7, 5, 5]] * 2
-    assert positions == [[4, 5]] * 2
+    asked = [question(f"Who wrote {title}?", author) for title, author in ("ab", "cd", "ef", "gh")]
+    rows = [*asked, question("Which city is it?", "Rome")]
+    mirror.write(tmp_path / "mandarjoshi/trivia_qa", {"rc.nocontext": {"validation": rows}})
+    mirror.write(tmp_path / "local/trivia_choices", {"default": {"test": mirror.trivia_choices(rows)}})
+    assert facts.unasked(tmp_path) == [{"question": "Which city is it?", "answer": "Rome"}]
 
 
 def test_a_line_of_a_mirror_may_hold_any_character(mirror, tmp_path):
