@@ -40,7 +40,7 @@ class CalibrationOptions(BaseModel):
     perturb_scope: Scope = "sequence"
     perturb_target: PerturbTarget = "moe"
     algorithm: Literal["sweep", "plain"] = "sweep"
-    intensity: Literal["ratio", "hard", "marginal"] = "ratio"
+    intensity: Literal["ratio", "hard", "marginal"] = "marginal"
     budget: Literal["exact", "paper"] = "exact"
     k_min: int | None = Field(default=None, ge=1)
     k_max: int | None = Field(default=None, ge=1)
@@ -55,10 +55,11 @@ class CalibrationOptions(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_algorithm(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Sequence-scope ablation is plain's alone, and so its default."""
-        plain = values.get("scope") == "sequence"
-        return {"algorithm": "plain" if plain else "sweep"} | values
+    def _defaults_that_depend(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Sequence-scope ablation is plain's alone; the paper's rounding is of its own R_l."""
+        algorithm = "plain" if values.get("scope") == "sequence" else "sweep"
+        intensity = "ratio" if values.get("budget") == "paper" else "marginal"
+        return {"algorithm": algorithm, "intensity": intensity} | values
 
     @field_validator("max_memory", mode="before")
     @classmethod

@@ -181,8 +181,9 @@ def _add_budget_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--intensity",
         choices=("ratio", "hard", "marginal"),
-        help="what decides a layer's share: R_l; S(hard) alone; or the loss change on hard positions with "
-        "one expert more and one fewer, by which single experts move between layers (default: ratio)",
+        help="what decides a layer's share: R_l, as in the paper; S(hard) alone; or the loss change on hard "
+        "positions with one expert more and one fewer, by which single experts move between layers, none "
+        "where that change is within its noise; with --budget paper R_l (default: marginal)",
     )
     add(
         "--budget",

@@ -33,8 +33,15 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--conditions",
         default="quick",
         metavar="LIST",
-        help="comma-separated: names, beginnings followed by *, or quick (standard twice, expert, full, and "
+        help="comma-separated: names, patterns with *, or quick (standard twice, expert, full, and "
         "full with permuted CEI), paper, all (default: quick)",
+    )
+    add(
+        "--permutations",
+        type=int,
+        default=3,
+        metavar="N",
+        help="of the CEI of each file, each a condition (default: %(default)s)",
     )
     add("--list-conditions", action="store_true", help="print the conditions of these scores files, and stop")
     add(
@@ -131,6 +138,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         servers=dict(args.server),
         served_name=args.served_name,
         conditions=tuple(args.conditions.split(",")),
+        permutations=args.permutations,
     )
     if args.list_conditions:
         for condition in available(options):

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
 
 Gate = Literal["router", "output"]
 STANDARD, AGAIN = "standard", "standard-again"
-PERMUTATIONS = 3
+PERMUTATIONS = 3  # by default
 SWAP_RATES = (0.05, 0.15)
 
 
@@ -85,12 +86,13 @@ def _noise(scores: Scores, seed: int) -> torch.Tensor:
     return scaled - scaled.min(dim=1, keepdim=True).values
 
 
-def table(sources: Sources, lam: float) -> list[Condition]:
+def table(sources: Sources, lam: float, permutations: int = PERMUTATIONS) -> list[Condition]:
     """Every condition, in the order of the table.
 
     Args:
         sources: the scores files.
         lam: λ where a condition does not set its own.
+        permutations: of the CEI of each file.
     """
     main = sources.scores[""]
     biased = {"lambda": lam}
@@ -106,7 +108,7 @@ def table(sources: Sources, lam: float) -> list[Condition]:
             "full-fused", "full, weights from the score", {"mode": "full", "weights": "fused", **biased}
         ),
     ]
-    for seed in range(PERMUTATIONS):
+    for seed in range(permutations):
         rows.append(
             Condition(
                 f"expert-permuted-{seed}",
@@ -141,7 +143,7 @@ def table(sources: Sources, lam: float) -> list[Condition]:
         Condition("full-dola", "full and DoLa", {"mode": "full", **biased}, dola=True),
     ]  # fmt: skip
     for source in filter(None, sources.scores):
-        rows += _from(source, biased)
+        rows += _from(source, biased, permutations)
     return rows
 
 
@@ -153,7 +155,7 @@ def _static(scores: Scores) -> list[Condition]:
     ]
 
 
-def _from(source: str, biased: dict[str, Any]) -> list[Condition]:
+def _from(source: str, biased: dict[str, Any], permutations: int) -> list[Condition]:
     """The rows of a further scores file; its permutations are what it has to beat."""
     swap = {"mode": "expert", "swap_rate": SWAP_RATES[0]}
     return [
@@ -165,7 +167,7 @@ def _from(source: str, biased: dict[str, Any]) -> list[Condition]:
         *(
             Condition(f"expert-permuted-{seed}@{source}", f"CEI of {source}, permuted",
                       {"mode": "expert", **biased}, Permuted(seed), source)
-            for seed in range(PERMUTATIONS)
+            for seed in range(permutations)
         ),
     ]  # fmt: skip
 
@@ -174,13 +176,13 @@ GROUPS = {
     "quick": (STANDARD, AGAIN, "full", "expert", "full-permuted"),
     "paper": (
         STANDARD, AGAIN, "random", "layer", "expert", "full", "full-permuted", "random-bias",
-        "static-", "dola", "iti", "full-dola",
+        "static-*", "dola", "iti", "full-dola",
     ),
 }  # fmt: skip
 
 
 def select(rows: Sequence[Condition], wanted: Sequence[str]) -> list[Condition]:
-    """The rows named by name, by a beginning followed by `*`, by group, or `all`; standard is always in.
+    """The rows named by name, by a pattern with `*`, by group, or `all`; standard is always in.
 
     Raises:
         EvaluationError: a name that is none of these.
@@ -188,13 +190,7 @@ def select(rows: Sequence[Condition], wanted: Sequence[str]) -> list[Condition]:
     names = list(itertools.chain.from_iterable(GROUPS.get(name, (name,)) for name in wanted))
     chosen = {STANDARD}
     for name in names:
-        found = {
-            row.name
-            for row in rows
-            if name == "all"
-            or row.name == name
-            or (name[-1] in "*-" and row.name.startswith(name.rstrip("*")))
-        }
+        found = {row.name for row in rows if name == "all" or fnmatchcase(row.name, name)}
         if not found:
             known = ", ".join(["all", *GROUPS, *(row.name for row in rows)])
             raise EvaluationError(f"--conditions {name}: unknown; known are {known}")

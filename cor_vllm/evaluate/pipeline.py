@@ -17,7 +17,7 @@ from cor_vllm import __version__
 from cor_vllm import scores as scores_file
 from cor_vllm.evaluate import runs
 from cor_vllm.evaluate.benchmarks import Benchmark, EvaluationError, chosen, load_task
-from cor_vllm.evaluate.conditions import Condition, Sources, select, table
+from cor_vllm.evaluate.conditions import PERMUTATIONS, Condition, Sources, select, table
 from cor_vllm.evaluate.harness import canary, engine_model, measure, server_model
 from cor_vllm.evaluate.runs import Run
 
@@ -40,6 +40,7 @@ class EvaluateOptions(BaseModel):
     conditions: tuple[str, ...] = ("quick",)
     data: Path | None = None
     limit: int | None = Field(default=None, ge=1)
+    permutations: int = Field(default=PERMUTATIONS, ge=1)
     lambda_: float | None = Field(default=None, ge=0)
     batch_size: int = Field(default=16, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -51,7 +52,7 @@ class EvaluateOptions(BaseModel):
 def available(options: EvaluateOptions) -> list[Condition]:
     """Every condition that these scores files have."""
     sources = _read_sources(options)
-    return table(sources, _lambda(options, sources))
+    return table(sources, _lambda(options, sources), options.permutations)
 
 
 def evaluate(

@@ -22,6 +22,15 @@ class Cell:
     noise: float  # |A/A difference| on this benchmark; 0 where there is no repeat
 
 
+@dataclass(frozen=True)
+class Control:
+    """A condition against itself under permuted CEI."""
+
+    cell: Cell  # against the mean of the permutations
+    above: int  # of how many permutations its own mean is higher
+    permutations: int
+
+
 def cells(
     runs: Sequence[Run], quantity: str, reference: str = STANDARD, seed: int = 0
 ) -> dict[tuple[str, str], Cell]:
@@ -52,11 +61,11 @@ def cells(
     }
 
 
-def against_permuted(runs: Sequence[Run], quantity: str, seed: int = 0) -> dict[tuple[str, str], Cell]:
-    """(condition, benchmark) → comparison with the same condition under permuted CEI, its control.
+def against_permuted(runs: Sequence[Run], quantity: str, seed: int = 0) -> dict[tuple[str, str], Control]:
+    """(condition, benchmark) → comparison with the same condition under permuted CEI.
 
-    Where there are several permutations an item's control is the mean over them. p corrected over all
-    comparisons (Holm).
+    An item's control is its mean over the permutations. p corrected over all comparisons (Holm). Interval
+    and p take the permutations as they are; how far one is from the next shows in how many are reached.
 
     Args:
         runs: the table's rows; those without permuted rows are left out.
@@ -68,15 +77,24 @@ def against_permuted(runs: Sequence[Run], quantity: str, seed: int = 0) -> dict[
         name = re.sub(r"-permuted(-\d+)?", "", run.condition)
         if name != run.condition and name in by_name:
             controls.setdefault(name, []).append(run)
-    found: dict[tuple[str, str], Difference] = {}
+    found: dict[tuple[str, str], tuple[Difference, int, int]] = {}
     for name, permuted in controls.items():
         for benchmark, column in by_name[name].benchmarks.items():
             complete = [run.benchmarks[benchmark].items for run in permuted if benchmark in run.benchmarks]
             if complete and quantity in column.items:
-                control = _means([items[quantity] for items in complete])
-                found[name, benchmark] = compare(column.items[quantity], control, seed)
-    corrected = holm([difference.p for difference in found.values()])
-    return {key: Cell(found[key], p, 0.0) for key, p in zip(found, corrected, strict=True)}
+                controlled = [items[quantity] for items in complete]
+                difference = compare(column.items[quantity], _means(controlled), seed)
+                above = sum(_mean(each) < difference.mean for each in controlled)
+                found[name, benchmark] = (difference, above, len(controlled))
+    corrected = holm([difference.p for difference, _, _ in found.values()])
+    return {
+        key: Control(Cell(difference, p, 0.0), above, permutations)
+        for (key, (difference, above, permutations)), p in zip(found.items(), corrected, strict=True)
+    }
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
 
 
 def _means(several: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -141,7 +159,11 @@ def _controls(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
             found = [compared[quantity].get((condition, name)) for name in names]
             scale = 100 if quantity == "score" else 1
             if any(found):
-                values = ["" if cell is None else _difference(cell, scale) for cell in found]
+                values = [
+                    "" if each is None
+                    else f"{_difference(each.cell, scale)}; above {each.above} of {each.permutations}"
+                    for each in found
+                ]  # fmt: skip
                 lines.append(f"| {condition} | {title} | " + " | ".join(values) + " |")
     if not lines:
         return []
@@ -152,7 +174,9 @@ def _controls(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     return [
         "## Against permuted CEI",
         "Each condition less the same with CEI shuffled within its layers (the mean of the permutations), on "
-        "the same items: what is left is due to which experts CEI names. p corrected within each quantity.",
+        "the same items: what is left is due to which experts CEI names. p corrected within each quantity; "
+        "it is about the items, with these permutations. Whether CEI beats *any* permutation is for `above n "
+        "of m` to say (`--permutations`).",
         "\n".join([*head, *lines]),
     ]
 

@@ -180,7 +180,7 @@ def test_bounds_that_do_not_hold_the_models_own(values: dict[str, int]) -> None:
 
 
 def test_budget_rules() -> None:
-    k, info = budget(options(), 128, 8, [1.0, 3.0])
+    k, info = budget(options(intensity="ratio"), 128, 8, [1.0, 3.0])
     assert k == [4, 12]
     assert info.model_dump() == {"rule": "exact", "k_min": 4, "k_max": 16, "total": 16, "sum": 16}
     k, info = budget(options(budget="paper"), 16, 8, [-1.0, 2.0])

@@ -282,5 +282,5 @@ def test_marginal(family: Family) -> None:
 
 
 def test_marginal_is_measured_only_where_asked_for(family: Family) -> None:
-    measured = family.measure(0)
+    measured = family.measure(0, intensity="ratio")
     assert measured.fewer is None and measured.more is None

@@ -140,13 +140,14 @@ def test_alternatives_are_what_their_flags_give(result: Path, checkpoint: Path, 
     trials = {trial["flags"]: trial["difference"] for trial in heldout.model_extra["alternatives"]}
     assert set(trials) == {
         "--cor-mode off", "--cor-mode layer", "--cor-mode expert", "--cor-lambda 0.01", "--cor-lambda 0.02",
-        "--cor-lambda 0.05", "--shrink", "--intensity hard",
+        "--cor-lambda 0.05", "--shrink", "--intensity ratio", "--intensity hard",
     }  # fmt: skip
     full = heldout.modes["full"].all.mean
     for mode, name in (("off", "stock"), ("layer", "layer"), ("expert", "expert")):
         assert trials[f"--cor-mode {mode}"] == pytest.approx(heldout.modes[name].all.mean - full, abs=1e-5)
     flags: dict[str, dict[str, Any]] = {
         "--shrink": {"shrink": True},
+        "--intensity ratio": {"intensity": "ratio"},
         "--intensity hard": {"intensity": "hard"},
     }
     for flag, values in flags.items():

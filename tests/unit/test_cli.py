@@ -145,12 +145,10 @@ def test_warnings(result: Path, tmp_path: Path) -> None:
     assert "mode full is worse than stock routing by 0.2100 ± 0.1000 nats" in line
     assert warnings(change(result, tmp_path, **quiet, full=(0.19, 0.1))) == []
     wide = [abs(scores.sensitivity_easy[0].item()), 0.0, 0.0]
-    (line,) = warnings(change(result, tmp_path, **(quiet | {"sensitivity_easy_sem": wide})))
+    unclear = quiet | {"sensitivity_easy_sem": wide}
+    (line,) = warnings(change(result, tmp_path, **(unclear | {"intensity": "ratio"})))
     assert "not distinguishable from zero in 1 of 3 layers" in line
-    assert (
-        warnings(change(result, tmp_path, **(quiet | {"sensitivity_easy_sem": wide, "intensity": "hard"})))
-        == []
-    )
+    assert warnings(change(result, tmp_path, **unclear)) == []
     (line,) = warnings(change(result, tmp_path, **(quiet | {"cei_split_half": 0.17})))
     assert "too few hard positions for CEI" in line and "correlate at 0.17" in line
     assert warnings(change(result, tmp_path, **(quiet | {"cei_split_half": 0.67}))) == []

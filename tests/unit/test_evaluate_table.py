@@ -54,11 +54,13 @@ def test_random_bias_has_the_norm_of_cei(scores: Scores) -> None:
     assert noise(scores).cei.max() <= 1
 
 
-def test_conditions_are_chosen_by_name_beginning_and_group(scores: Scores) -> None:
-    rows = table(Sources({"": scores}), 0.1)
+def test_conditions_are_chosen_by_name_pattern_and_group(scores: Scores) -> None:
+    rows = table(Sources({"": scores, "facts": scores}), 0.1)
     names = [row.name for row in select(rows, ["static-*"])]
     assert names == ["standard", "static-4", "static-5", "static-6", "static-7"]
     assert [row.name for row in select(rows, ["full"])] == ["standard", "full"]
+    permuted = [f"expert-permuted-{seed}@facts" for seed in range(3)]
+    assert [row.name for row in select(rows, ["expert-permuted-*@facts"])] == ["standard", *permuted]
     assert len(select(rows, ["all"])) == len(rows)
     assert "dola" in [row.name for row in select(rows, ["paper"])]
     with pytest.raises(EvaluationError, match="--conditions ful: unknown; known are all, quick"):
@@ -174,10 +176,12 @@ def test_a_condition_is_held_against_its_own_permutations() -> None:
     ]
     found = against_permuted(rows, "score")
     gain = sum(BETTER) / len(BETTER) - sum(WORSE) / len(WORSE)
-    assert {name: cell.found.difference for (name, _), cell in found.items()} == {
+    assert {name: each.cell.found.difference for (name, _), each in found.items()} == {
         "full": 0,
         "expert@facts": pytest.approx(gain / 2),
     }
+    assert (found["expert@facts", "triviaqa"].above, found["full", "triviaqa"].above) == (1, 0)
+    assert found["expert@facts", "triviaqa"].permutations == 2
     assert "## Against permuted CEI" in render(rows)
     assert "## Against permuted CEI" not in render(rows[:2])
 
