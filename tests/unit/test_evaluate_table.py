@@ -36,6 +36,20 @@ def test_every_condition_is_something_that_the_server_takes(scores: Scores) -> N
             assert len(layers) == 3, row.name
 
 
+def test_conditions_are_what_they_are_called(scores: Scores) -> None:
+    rows = {row.name: row for row in table(Sources({"": scores, "facts": scores}), 0.1)}
+    for name, row in rows.items():
+        assert row.source == name.partition("@")[2]
+        options = row.options or {}
+        if name.startswith("static-"):
+            assert options == {"static_k": int(name.removeprefix("static-"))}
+        if "-swap0." in name:
+            assert options["swap_rate"] == float(name.split("-")[1].removeprefix("swap"))
+    noise = RandomBias(0)
+    assert noise.scale(scores) > 1, "or this proves nothing"
+    assert (rows["random-bias"].options or {})["lambda"] == pytest.approx(0.1 * noise.scale(scores))
+
+
 def test_permuted_keeps_each_layers_values_and_nothing_else(scores: Scores) -> None:
     changed = Permuted(0)(scores)
     assert torch.equal(changed.cei.sort(dim=1).values, scores.cei.sort(dim=1).values)
@@ -99,6 +113,14 @@ def test_margin_is_the_right_answer_less_the_wrong_ones() -> None:
     assert items == {"score": {"any/4": 1.0}, "gold": {"any/4": -1.0}, "margin": {"any/4": 1.5}}
 
 
+def test_several_answers_may_be_right() -> None:
+    doc = {"mc2_targets": {"labels": [1, 0, 1]}}
+    rows = [{**sample(0, [-1.0, -5.0, -3.0]), "doc": doc}]
+    rows.append({**sample(1, [-1.0, -2.0]), "doc": {"mc2_targets": {"labels": [1, 1]}}})
+    items = read_items(Benchmark("truthfulqa_mc2", "acc"), {"truthfulqa_mc2": rows}, count_words)
+    assert items["margin"] == {"truthfulqa_mc2/0": 3.0}, "an item without a wrong answer has none"
+
+
 def test_factor_compares_means_per_token() -> None:
     # The sums prefer the first answer, the means the second, which is twice as long.
     rows = {"factor_news": [sample(0, [-3.0, -4.0])]}
@@ -109,7 +131,7 @@ def test_factor_compares_means_per_token() -> None:
 
 
 def test_only_the_filter_that_counts_is_read() -> None:
-    rows = [sample(0, [-1.0, -2.0]), {**sample(0, [-2.0, -1.0]), "filter": "other"}]
+    rows = [{**sample(0, [-2.0, -1.0]), "filter": "other"}, sample(0, [-1.0, -2.0])]
     assert read_items(Benchmark("any", "acc", filter="other"), {"any": rows}, count_words)["score"] == {
         "any/0": 0.0
     }
@@ -162,6 +184,10 @@ def test_p_is_corrected_for_the_number_of_conditions() -> None:
     found = cells(rows, "score")["c0", "triviaqa"]
     assert found.found.p == pytest.approx(2 / 2**6)
     assert found.corrected == pytest.approx(min(1, 10 * 2 / 2**6))
+    few = [0.0] * 50 + [1.0] * 50  # ten gained: p = 0.002, times ten more than 0.01
+    rows += [run(f"d{i}", few) for i in range(10)]
+    line = next(line for line in render(rows).splitlines() if line.startswith("| d0 | 50"))
+    assert "**" not in line and "*noise*" not in line
 
 
 def test_a_condition_is_held_against_its_own_permutations() -> None:
@@ -182,6 +208,8 @@ def test_a_condition_is_held_against_its_own_permutations() -> None:
     }
     assert (found["expert@facts", "triviaqa"].above, found["full", "triviaqa"].above) == (1, 0)
     assert found["expert@facts", "triviaqa"].permutations == 2
+    single = found["expert@facts", "triviaqa"].cell
+    assert single.corrected == pytest.approx(min(1, 2 * single.found.p)), "two comparisons"
     assert "## Against permuted CEI" in render(rows)
     assert "## Against permuted CEI" not in render(rows[:2])
 
