@@ -26,9 +26,9 @@ $(STAMP): requirements-cpu.lock pyproject.toml tools/vllm-cpu-shim/pyproject.tom
 demo: $(STAMP)
 	@$(PYTHON) examples/demo/run.py
 
-# Two test files at a time, one core each: tests/conftest.py.
+# Two test files at a time, one core each (tests/conftest.py), those with engines and servers first.
 test: $(STAMP)
-	@$(PYTHON) -m pytest -n 2 --dist loadfile --durations 25
+	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 check: $(STAMP)
 	@$(VENV)/bin/ruff check .

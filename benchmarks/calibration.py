@@ -124,7 +124,9 @@ def measure(
     for _ in range(repeats):
         for timing in timings:
             chosen = CalibrationOptions(
-                model="benchmark", output=Path("none"), **{"algorithm": timing.algorithm} | options
+                model="benchmark",
+                output=Path("none"),
+                **{"algorithm": timing.algorithm, "intensity": "ratio"} | options,
             )
             seconds, cpu, rows = run_once(model, chosen, sequences, base, strata)
             timing.layer_rows, timing.layer_calls = sum(rows), len(rows)

@@ -84,7 +84,8 @@ def _own(name: str) -> Benchmark:
 
 
 @functools.cache  # it reads ten thousand files
-def _manager(folder: Path) -> Any:
+def task_manager(folder: Path) -> Any:
+    """The harness's tasks and those of a folder."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(folder))
@@ -101,7 +102,7 @@ def load_task(benchmark: Benchmark, data: Path | None) -> dict[str, Any]:
     Raises:
         EvaluationError: the data is not to be had.
     """
-    manager = _manager(benchmark.folder)
+    manager = task_manager(benchmark.folder)
     wanted: Any = benchmark.task
     local = data / benchmark.dataset if data and benchmark.dataset else None
     if local and local.is_dir():

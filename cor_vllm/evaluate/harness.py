@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cor_vllm.calibrate.moe_model import MoeModel
-from cor_vllm.evaluate.benchmarks import Benchmark, EvaluationError
+from cor_vllm.evaluate.benchmarks import Benchmark, EvaluationError, task_manager
 from cor_vllm.evaluate.items import read_items
 from cor_vllm.evaluate.runs import Column
 
@@ -118,7 +118,7 @@ def measure(
     for fold in (0, 1) if folds else (None,):
         chosen = {name: [i for i in items if fold is None or i % 2 == fold] for name, items in drawn.items()}
         with folds(fold) if folds else nullcontext():
-            for name, rows in _samples(lm, tasks, chosen, seed, None if folds else cache).items():
+            for name, rows in _samples(lm, benchmark, tasks, chosen, seed, None if folds else cache).items():
                 samples[name] += rows
     seconds = time.monotonic() - started
 
@@ -140,7 +140,12 @@ def measure(
 
 
 def _samples(
-    lm: Any, tasks: dict[str, Any], items: dict[str, list[int]], seed: int, cache: str | None
+    lm: Any,
+    benchmark: Benchmark,
+    tasks: dict[str, Any],
+    items: dict[str, list[int]],
+    seed: int,
+    cache: str | None,
 ) -> dict[str, list[dict[str, Any]]]:
     from lm_eval import simple_evaluate
     from lm_eval.api.model import CacheHook
@@ -152,6 +157,7 @@ def _samples(
             samples=items,
             bootstrap_iters=0,
             use_cache=cache,
+            task_manager=task_manager(benchmark.folder),  # each call would make one, in ten seconds
             random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
         )  # fmt: skip
     finally:
