@@ -39,10 +39,7 @@ def load_corpus(name: str) -> Corpus:
         return _c4()
     path = DEFAULT_CORPUS_FILE if name == DEFAULT_CORPUS else Path(name)
     data = read_input(path, "--corpus")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"--corpus {path}: not UTF-8 text (byte {error.start}); convert it") from None
+    text = _text(data, path, "--corpus")
     documents = list(_jsonl(text, path) if path.suffix == ".jsonl" else _paragraphs(text))
     label = DEFAULT_CORPUS if name == DEFAULT_CORPUS else path.name
     return Corpus(label, hashlib.sha256(data).hexdigest(), documents)
@@ -58,6 +55,13 @@ def read_input(path: Path, option: str) -> bytes:
         ) from None
 
 
+def _text(data: bytes, path: Path, option: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{option} {path}: not UTF-8 text (byte {error.start}); convert it") from None
+
+
 def _paragraphs(text: str) -> Iterator[str]:
     lines: list[str] = []
     for line in [*text.splitlines(), ""]:
@@ -69,16 +73,22 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _jsonl(text: str, path: Path) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)["text"]
-        except (ValueError, TypeError, KeyError):
-            document = None
-        if not isinstance(document, str):
+    for number, (document,) in _rows(text, "text"):
+        if document is None:
             raise CalibrationError(f"--corpus {path}: line {number} is no JSON object with a string `text`")
         yield document
+
+
+def _rows(text: str, *keys: str) -> Iterator[tuple[int, list[str | None]]]:
+    """(number from 1, the strings under `keys`, None where there is none) of every line that is not blank."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            values = [row.get(key) if isinstance(row, dict) else None for key in keys]
+            yield number, [value if isinstance(value, str) else None for value in values]
 
 
 def _c4() -> Corpus:
@@ -152,23 +162,17 @@ def read_answers(path: Path) -> tuple[list[tuple[str, str]], str]:
     """`--answers`: (question, answer) of every line of a JSONL file, with the file's SHA-256.
 
     Raises:
-        CalibrationError: unreadable, or a line that is no object with both, neither of them empty.
+        CalibrationError: unreadable, not UTF-8, or a line that is no object with both, neither empty.
     """
     data = read_input(path, "--answers")
     items = []
-    for number, line in enumerate(data.decode("utf-8", "replace").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            item = (row["question"].strip(), row["answer"].strip())
-        except (ValueError, TypeError, KeyError, AttributeError):
-            item = ("", "")
-        if not all(item):
+    for number, row in _rows(_text(data, path, "--answers"), "question", "answer"):
+        question, answer = ((value or "").strip() for value in row)
+        if not (question and answer):
             raise CalibrationError(
                 f"--answers {path}: line {number} is no JSON object with a `question` and an `answer`"
             )
-        items.append(item)
+        items.append((question, answer))
     return items, hashlib.sha256(data).hexdigest()
 
 

@@ -45,7 +45,8 @@ def read_inputs(options: CalibrationOptions, folder: Path, vocab_size: int) -> I
         tokenizer = _Tokenizer(folder)
         items, sha256 = read_answers(options.answers)
         sequences, hard = draw_answers(items, tokenizer, tokenizer.prefix, options.num_tokens, options.seed)
-        return _with_heldout(Inputs(options.answers.name, sha256, sequences, hard, [], []), options, folder)
+        inputs = Inputs(options.answers.name, sha256, sequences, hard, [], [])
+        return _with_heldout(inputs, options, tokenizer)
     if options.token_ids is None:
         corpus = load_corpus(options.corpus or DEFAULT_CORPUS)
         tokenizer = _Tokenizer(folder)
@@ -57,14 +58,13 @@ def read_inputs(options: CalibrationOptions, folder: Path, vocab_size: int) -> I
     sequences, sha256 = read_token_ids(options.token_ids, vocab_size)
     given = read_positions(options.positions, sequences) if options.positions else None
     inputs = Inputs(options.token_ids.name, sha256, sequences, given, [], [])
-    return _with_heldout(inputs, options, folder)
+    return _with_heldout(inputs, options, _Tokenizer(folder)) if options.heldout_corpus else inputs
 
 
-def _with_heldout(inputs: Inputs, options: CalibrationOptions, folder: Path) -> Inputs:
+def _with_heldout(inputs: Inputs, options: CalibrationOptions, tokenizer: "_Tokenizer") -> Inputs:
     if options.heldout_corpus is None:
         return inputs
     corpus = load_corpus(options.heldout_corpus)
-    tokenizer = _Tokenizer(folder)
     tuning, heldout = draw(
         corpus, tokenizer, tokenizer.prefix, options.seq_len, _heldout_parts(options), options.seed
     )

@@ -180,9 +180,13 @@ def _new_run(
 def _digest(options: EvaluateOptions, condition: Condition) -> str | None:
     if condition.options is None:
         return None
+    return hashlib.sha256(_scores_path(options, condition).read_bytes()).hexdigest()
+
+
+def _scores_path(options: EvaluateOptions, condition: Condition) -> Path:
     path = options.also[condition.source] if condition.source else options.scores
     assert path is not None, "a condition with options has scores"
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return path
 
 
 def _versions(backend: Backend) -> dict[str, str]:
@@ -290,7 +294,7 @@ def _served(options: EvaluateOptions, sources: Sources, condition: Condition) ->
     """`additional_config["cor"]`, with the condition's own scores file where it changes the scores."""
     if condition.options is None:
         return None
-    path = options.also[condition.source] if condition.source else options.scores
+    path = _scores_path(options, condition)
     if condition.change is not None:
         path = options.output / f"{condition.name}.safetensors"
         scores_file.save(path, condition.change(sources.scores[condition.source]))

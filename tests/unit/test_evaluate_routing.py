@@ -11,8 +11,7 @@ from cor_vllm.evaluate.benchmarks import EvaluationError
 from cor_vllm.evaluate.harness import canary, transformers_model
 from cor_vllm.evaluate.routing import entropy, gated_by_output, gates, routed
 from cor_vllm.scores import Scores
-from tests.make_scores import make
-from tests.tiny_models import build, byte_tokenizer, create
+from tests.tiny_models import byte_tokenizer, create
 
 IDS = torch.tensor([[5, 9, 2, 77, 31, 8, 100, 4]])
 
@@ -20,14 +19,6 @@ IDS = torch.tensor([[5, 9, 2, 77, 31, 8, 100, 4]])
 @pytest.fixture(scope="module")
 def model() -> MoeModel:
     return MoeModel(create("qwen3_moe"))
-
-
-@pytest.fixture(scope="module")
-def scores(tmp_path_factory: pytest.TempPathFactory) -> Scores:
-    folder = tmp_path_factory.mktemp("model")
-    build("qwen3_moe", folder)
-    generator = torch.Generator().manual_seed(3)
-    return make(folder, k=[2, 3, 4], cei=torch.rand(3, 7, generator=generator))
 
 
 def logits(model: MoeModel, rules: Any) -> torch.Tensor:

@@ -14,16 +14,6 @@ from cor_vllm.evaluate.report import against_permuted, cells, render
 from cor_vllm.evaluate.runs import Column, Run
 from cor_vllm.evaluate.tuning import halve, mean_score
 from cor_vllm.scores import Scores
-from tests.make_scores import make
-from tests.tiny_models import build
-
-
-@pytest.fixture(scope="module")
-def scores(tmp_path_factory: pytest.TempPathFactory) -> Scores:
-    folder = tmp_path_factory.mktemp("model")
-    build("qwen3_moe", folder)
-    generator = torch.Generator().manual_seed(3)
-    return make(folder, k=[2, 3, 4], cei=torch.rand(3, 7, generator=generator))
 
 
 def test_every_condition_is_something_that_the_server_takes(scores: Scores) -> None:
