@@ -1,0 +1,179 @@
+"""The tables of docs/results.md, out of the item scores that are committed beside them.
+
+    python -m benchmarks.evaluation benchmarks/results/evaluation/smollm2.csv.xz
+    python -m benchmarks.evaluation DIR --pack FILE.csv.xz    # after `cor-vllm evaluate --output DIR`
+
+One row per condition: difference to `standard` on the same items in accuracy (points), in the right answer's
+log-likelihood (nats) and in the margin (that less the mean of the wrong answers'), with 95 % bootstrap
+intervals over items. `…-permuted` is the mean over the permutations of that condition. The last table takes
+calibrations and permutations as the sample: do several draws of `--draws` score higher than all permutations
+do? Its p is Mann and Whitney's, exact.
+"""
+
+import argparse
+import csv
+import lzma
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from cor_vllm.evaluate import runs
+from cor_vllm.evaluate.conditions import STANDARD
+from cor_vllm.evaluate.statistics import Difference, compare
+
+QUANTITIES = {"score": 100, "gold": 1, "margin": 1}  # and what each is multiplied by
+Scores = dict[str, float]  # item → value
+Table = dict[tuple[str, str, str], Scores]  # condition, benchmark, quantity
+
+
+def read(path: Path) -> Table:
+    """A folder of runs or a packed file."""
+    return read_folder(path) if path.is_dir() else read_pack(path)
+
+
+def read_folder(folder: Path) -> Table:
+    """What `cor-vllm evaluate --output FOLDER` left."""
+    return {
+        (run.condition, benchmark, quantity): items
+        for run in map(runs.load, sorted(folder.glob("*.json")))
+        for benchmark, column in run.benchmarks.items()
+        for quantity, items in column.items.items()
+    }
+
+
+def read_pack(path: Path) -> Table:
+    """What `write_pack` wrote."""
+    table: Table = {}
+    with lzma.open(path, "rt", encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines):
+            key = (row["condition"], row["benchmark"], row["quantity"])
+            table.setdefault(key, {})[row["item"]] = float(row["value"])
+    return table
+
+
+def write_pack(path: Path, table: Table) -> None:
+    """One row per condition, benchmark, quantity and item, values to 4 decimals."""
+    with lzma.open(path, "wt", encoding="utf-8", newline="", preset=9) as lines:
+        writer = csv.writer(lines)
+        writer.writerow(["condition", "benchmark", "quantity", "item", "value"])
+        for key, items in table.items():
+            writer.writerows([*key, item, f"{value:.4f}"] for item, value in items.items())
+
+
+def with_means(table: Table) -> Table:
+    """The table and, for every condition with several permutations, their mean item by item."""
+    permuted: dict[tuple[str, str, str], list[Scores]] = {}
+    for (condition, benchmark, quantity), items in table.items():
+        name = re.sub(r"-permuted-\d+", "-permuted", condition)
+        if name != condition:
+            permuted.setdefault((name, benchmark, quantity), []).append(items)
+    means = {
+        (f"{name}, mean of {len(each)}", benchmark, quantity): {
+            item: sum(items[item] for items in each) / len(each) for item in each[0]
+        }
+        for (name, benchmark, quantity), each in permuted.items()
+        if len(each) > 1
+    }
+    return table | means
+
+
+def differences(table: Table) -> str:
+    """The Markdown table of every condition against standard."""
+    benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in table))
+    lines = ["| routing | " + " | ".join(benchmarks) + " |", "| --- |" + " --- |" * len(benchmarks)]
+    for condition in sorted(dict.fromkeys(condition for condition, _, _ in table), key=_place):
+        cells = [_cell(table, condition, benchmark) for benchmark in benchmarks]
+        lines.append(f"| `{condition}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _place(condition: str) -> tuple[bool, str, str]:
+    """Standard first, and what is permuted behind what it was before."""
+    return condition != STANDARD, re.sub(r"-permuted(-\d+)?|, mean.*", "", condition), condition
+
+
+def _cell(table: Table, condition: str, benchmark: str) -> str:
+    parts = []
+    for quantity, scale in QUANTITIES.items():
+        own, base = table.get((condition, benchmark, quantity)), table.get((STANDARD, benchmark, quantity))
+        if own is None or base is None:
+            continue
+        if condition == STANDARD:
+            parts.append(_signed(f"{_mean(own) * scale:.2f}"))
+        else:
+            parts.append(_text(compare(own, base), scale))
+    return "; ".join(parts)
+
+
+def _text(found: Difference, scale: int) -> str:
+    low, high = found.low * scale, found.high * scale
+    p = "p < 0.001" if found.p < 0.001 else f"p {found.p:.3f}"
+    return _signed(f"{found.difference * scale:+.2f} [{low:+.2f}, {high:+.2f}], {p}")
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def _mean(items: Scores) -> float:
+    return sum(items.values()) / len(items)
+
+
+def against_all(table: Table, draws: Sequence[str], controls: str) -> str:
+    """Calibrations as the sample: the conditions of `draws` against those of `controls`, by rank."""
+    from scipy.stats import mannwhitneyu
+
+    lines = [
+        "| benchmark | quantity | draws | mean, lowest | permutations | mean, highest | p, two-sided |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for benchmark, quantity in [(b, q) for condition, b, q in table if condition == STANDARD]:
+        scale = QUANTITIES[quantity]
+        base = _mean(table[STANDARD, benchmark, quantity]) * scale
+        shifts = {
+            condition: _mean(items) * scale - base
+            for (condition, *of), items in table.items()
+            if of == [benchmark, quantity]
+        }
+        ours = list(_matching(shifts, draws))
+        theirs = list(_matching(shifts, [controls]))
+        if len(ours) > 1 and len(theirs) > 1:
+            p = mannwhitneyu(ours, theirs, method="exact").pvalue
+            lines.append(
+                f"| {benchmark} | {quantity} | {len(ours)} | "
+                + _signed(f"{sum(ours) / len(ours):+.2f}, {min(ours):+.2f} | {len(theirs)} | ")
+                + _signed(f"{sum(theirs) / len(theirs):+.2f}, {max(theirs):+.2f} | {p:.4f} |")
+            )
+    return "\n".join(lines) if len(lines) > 2 else "No several draws and permutations to compare."
+
+
+def _matching(shifts: dict[str, float], patterns: Sequence[str]) -> Iterator[float]:
+    for condition, shift in shifts.items():
+        if any(fnmatchcase(condition, pattern) for pattern in patterns):
+            yield shift
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("runs", type=Path, help="a file that --pack wrote, or evaluate's --output folder")
+    parser.add_argument("--pack", type=Path, metavar="FILE", help="write the folder's items there, and stop")
+    parser.add_argument("--without", type=Path, metavar="RUNS", help="leave out the items that these have")
+    parser.add_argument("--draws", nargs="+", default=["expert@facts", "expert@answers[0-9]"])
+    parser.add_argument("--controls", default="expert-permuted-[0-9]*")
+    args = parser.parse_args()
+    table = read(args.runs)
+    if args.pack:
+        write_pack(args.pack, table)
+        print(f"{args.pack}: {len(table)} columns, {args.pack.stat().st_size:,} bytes")
+        return
+    if args.without:
+        seen = {item for items in read(args.without).values() for item in items}
+        table = {key: {i: v for i, v in items.items() if i not in seen} for key, items in table.items()}
+    print(differences(with_means(table)))
+    print("\n" + against_all(table, args.draws, args.controls))
+
+
+if __name__ == "__main__":
+    main()
