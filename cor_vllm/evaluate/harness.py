@@ -21,12 +21,14 @@ def transformers_model(model: MoeModel, tokenizer: Any, batch_size: int) -> Any:
     """The harness's model over one that is loaded and may be intervened on.
 
     Interventions by hooks need nothing more. `forward` ([B, S] ids → logits), where set, takes the model's
-    place in scoring; `folds` (0 or 1 → context manager) is what to do to items of even and odd number.
+    place in scoring; `around` (benchmark, whether it generates → context manager) is what to do to all of a
+    benchmark, `folds` (0 or 1 → context manager) to its items of even and odd number.
     """
     from lm_eval.models.huggingface import HFLM
 
     class Routed(HFLM):
         forward: Callable[[torch.Tensor], torch.Tensor] | None = None
+        around: Callable[[Benchmark, bool], AbstractContextManager[None]] | None = None
         folds: Callable[[int], AbstractContextManager[None]] | None = None
 
         def _model_call(self, inps: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -112,12 +114,16 @@ def measure(
         cache: where answers are kept, so that an interrupted benchmark goes on; None: nowhere.
     """
     drawn = _draw(tasks, limit, seed)
-    folds = getattr(lm, "folds", None)
+    folds, around = getattr(lm, "folds", None), getattr(lm, "around", None)
+    generates = any(task.OUTPUT_TYPE == "generate_until" for task in tasks.values())
     started = time.monotonic()
     samples: dict[str, list[dict[str, Any]]] = {name: [] for name in tasks}
     for fold in (0, 1) if folds else (None,):
         chosen = {name: [i for i in items if fold is None or i % 2 == fold] for name, items in drawn.items()}
-        with folds(fold) if folds else nullcontext():
+        with (
+            around(benchmark, generates) if around else nullcontext(),
+            folds(fold) if folds else nullcontext(),
+        ):
             for name, rows in _samples(lm, benchmark, tasks, chosen, seed, None if folds else cache).items():
                 samples[name] += rows
     seconds = time.monotonic() - started

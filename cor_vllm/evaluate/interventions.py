@@ -9,13 +9,14 @@ from typing import Any
 from cor_vllm.calibrate.config import DEFAULT_CORPUS
 from cor_vllm.calibrate.corpus import draw, load_corpus
 from cor_vllm.calibrate.moe_model import MoeModel
-from cor_vllm.evaluate.benchmarks import BENCHMARKS, load_task
+from cor_vllm.evaluate.benchmarks import BENCHMARKS, Benchmark, load_task
 from cor_vllm.evaluate.conditions import Condition, Sources
-from cor_vllm.evaluate.dola import dola
+from cor_vllm.evaluate.dola import candidate_layers, dola
 from cor_vllm.evaluate.iti import Directions, fit, iti
 from cor_vllm.evaluate.routing import Gates, RoutedCondition, gated_by_output, gates, routed
 
 GATE_TOKENS, GATE_SEQUENCE = 2000, 256  # of the shipped corpus, for the thresholds
+DOLA_LOW = ("factor_news", "factor_wiki", "gsm8k")
 FOLDS = 2  # ITI's directions for an item come from the questions of the other fold
 
 
@@ -57,13 +58,13 @@ class Interventions:
             else:
                 stack.enter_context(self.model.routing(found.rules))
             if condition.dola:
-                stack.enter_context(dola(self.model.model))
+                lm.around = self._dola
             if condition.iti:
                 lm.folds = self._iti_fold
             try:
                 yield found
             finally:
-                lm.forward = lm.folds = None
+                lm.forward = lm.around = lm.folds = None
 
     @cached_property
     def gates(self) -> Gates:
@@ -76,6 +77,16 @@ class Interventions:
         corpus = load_corpus(DEFAULT_CORPUS)
         (sequences,) = draw(corpus, tokenize, [], GATE_SEQUENCE, [GATE_TOKENS], self.seed)
         return gates(self.model, sequences)
+
+    def _dola(self, benchmark: Benchmark, generates: bool) -> AbstractContextManager[None]:
+        """DoLa with its authors' settings for this kind of benchmark (dola.py has their sources).
+
+        Long texts contrast the lower half of the layers, short answers the upper. The plausibility constraint
+        is on but for choices among short answers, where a single token outside it would decide.
+        """
+        long = benchmark.task in DOLA_LOW
+        layers = candidate_layers(self.model.model.config, "low" if long else "high")
+        return dola(self.model.model, layers, relative_top=0.1 if long or generates else 0.0)
 
     def _iti_fold(self, fold: int) -> AbstractContextManager[None]:
         """ITI for the items of a fold (item number modulo FOLDS), fitted on the others."""

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from cor_vllm.calibrate.moe_model import MoeModel
-from cor_vllm.evaluate.benchmarks import EvaluationError
+from cor_vllm.evaluate.benchmarks import BENCHMARKS, EvaluationError
+from cor_vllm.evaluate.conditions import Condition, Sources
+from cor_vllm.evaluate.dola import dola
 from cor_vllm.evaluate.harness import canary, transformers_model
+from cor_vllm.evaluate.interventions import Interventions
 from cor_vllm.evaluate.routing import entropy, gated_by_output, gates, routed
 from cor_vllm.scores import Scores
 from tests.tiny_models import byte_tokenizer, create
@@ -148,3 +151,28 @@ def test_the_canary_refuses_a_model_without_log_likelihoods(values: list[float])
 def test_scores_of_another_model_are_refused(scores: Scores, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="3 MoE layers for a model of 2"):
         routed(MoeModel(create("qwen2_moe")), scores, {"mode": "full"})
+
+
+@pytest.mark.parametrize(
+    ("task", "generates", "layer", "plausible"),
+    [
+        ("truthfulqa_mc1", False, 2, 0.0),
+        ("triviaqa", True, 2, 0.1),
+        ("factor_news", False, 0, 0.1),
+        ("gsm8k", True, 0, 0.1),
+    ],
+)
+def test_dola_takes_its_authors_settings_for_the_benchmark(
+    model: MoeModel, scores: Scores, task: str, generates: bool, layer: int, plausible: float
+) -> None:
+    lm = transformers_model(model, byte_tokenizer(), 2)
+    condition = Condition("dola", "DoLa", dola=True)
+    interventions = Interventions(model, byte_tokenizer(), None, 0)
+    with (
+        interventions.applied(condition, Sources({"": scores}), lm),
+        lm.around(BENCHMARKS[task], generates),
+    ):
+        found = lm._model_call(IDS)
+    assert lm.around is None
+    with dola(model.model, [layer], relative_top=plausible), torch.no_grad():
+        assert torch.equal(found, model.model(IDS).logits)
