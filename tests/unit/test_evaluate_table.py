@@ -10,6 +10,7 @@ from cor_vllm.evaluate import runs
 from cor_vllm.evaluate.benchmarks import Benchmark, EvaluationError, chosen
 from cor_vllm.evaluate.conditions import Permuted, RandomBias, Sources, select, table
 from cor_vllm.evaluate.items import read_items
+from cor_vllm.evaluate.pareto import _score, pareto
 from cor_vllm.evaluate.report import against_permuted, cells, render
 from cor_vllm.evaluate.runs import Column, Run
 from cor_vllm.evaluate.tuning import halve, mean_score
@@ -206,6 +207,23 @@ def test_a_condition_is_held_against_its_own_permutations() -> None:
 
 def test_without_a_reference_nothing_is_compared() -> None:
     assert "nothing to compare with" in render([run("full", BETTER)])
+
+
+def test_the_picture_has_every_row_and_paired_intervals(tmp_path: Path) -> None:
+    rows = [run("standard", [0.0, 1.0] * 20), run("expert", [1.0, 0.0] * 20), run("static-5", [1.0] * 40)]
+    rows += [run(f"expert-permuted-{seed}", [0.0, 1.0] * 20) for seed in range(3)]
+    assert pareto(rows, tmp_path) == [], "no row knows its activations"
+    for row in rows:
+        row.activations = 5.0 if row.condition == "static-5" else 4.0
+    png, svg = pareto(rows, tmp_path)
+    assert png.stat().st_size > 1000
+    comments = svg.read_text()  # matplotlib draws text as paths and leaves the words in comments
+    for word in ("standard", "static-5", "expert", "permuted CEI"):
+        assert f"<!-- {word} -->" in comments
+    scores = {str(i): float(i % 2) for i in range(40)}
+    assert _score(scores, scores) == (50.0, 0.0, 0.0)
+    mean, below, above = _score(scores, None)
+    assert mean == 50 and 10 < below < 20 and 10 < above < 20
 
 
 def test_runs_go_on_and_refuse_others_of_the_same_name(tmp_path: Path) -> None:
