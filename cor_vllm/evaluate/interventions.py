@@ -97,8 +97,10 @@ class Interventions:
         (task,) = load_task(BENCHMARKS["truthfulqa_mc2"], self.data).values()
         examples: list[list[tuple[list[int], int, int]]] = [[] for _ in range(FOLDS)]
         for number, doc in enumerate(task.eval_docs):
-            prompt, targets = task.doc_to_text(doc), doc["mc2_targets"]
+            targets = doc["mc2_targets"]
             for answer, label in zip(targets["choices"], targets["labels"], strict=True):
-                ids = self.tokenizer(f"{prompt} {answer}", add_special_tokens=False).input_ids
+                # Without the harness's six examples, as ITI's authors have it (utils.py, format_truthfulqa).
+                text = f"Q: {doc['question']} A: {answer}"
+                ids = self.tokenizer(text, add_special_tokens=False).input_ids
                 examples[number % FOLDS].append((ids, label, number))
         return [fit(self.model.model, others) for others in reversed(examples)]

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -186,7 +188,8 @@ def activations(model: Any, texts: Sequence[Sequence[int]]) -> torch.Tensor:
     with ExitStack() as stack, torch.no_grad():
         for projection, record in zip(projections, records, strict=True):
             stack.callback(projection.register_forward_pre_hook(recorder(record)).remove)
-        for batch in sequence_batches(texts):
+        batches = list(sequence_batches(texts))
+        for batch in track(batches, "Reading heads …", console=Console(stderr=True), transient=True):
             last = torch.tensor([len(ids) - 1 for ids in batch])
             input_ids = pad(batch).to(execution_device(model.get_input_embeddings()))
             model.eval().model(input_ids=input_ids, use_cache=False)
