@@ -3,11 +3,12 @@
     python -m benchmarks.evaluation benchmarks/results/evaluation/smollm2.csv.xz
     python -m benchmarks.evaluation DIR --pack FILE.csv.xz    # after `cor-vllm evaluate --output DIR`
 
-One row per condition: difference to `standard` on the same items in accuracy (points), in the right answer's
-log-likelihood (nats) and in the margin (that less the mean of the wrong answers'), with 95 % bootstrap
-intervals over items. `…-permuted` is the mean over the permutations of that condition. The last table takes
-calibrations and permutations as the sample: do several draws of `--draws` score higher than all permutations
-do? Its p is Mann and Whitney's, exact.
+One table per benchmark, one row per condition: difference to `standard` on the same items in accuracy
+(points), in the right answer's log-likelihood (nats) and in the margin (that less the mean of the wrong
+answers'), with 95 % bootstrap intervals over items and uncorrected p. Rows that only differ in a number, of
+permutations (`-permuted-0`) or of draws (`@answers0`), also have their mean. The last table takes
+calibrations and permutations as the sample: do the conditions of `--draws` score higher than all those of
+`--controls`? Its p is Mann and Whitney's, exact.
 """
 
 import argparse
@@ -20,9 +21,10 @@ from pathlib import Path
 
 from cor_vllm.evaluate import runs
 from cor_vllm.evaluate.conditions import STANDARD
-from cor_vllm.evaluate.statistics import Difference, compare
+from cor_vllm.evaluate.statistics import compare
 
 QUANTITIES = {"score": 100, "gold": 1, "margin": 1}  # and what each is multiplied by
+TITLES = {"score": "accuracy, points", "gold": "right answer, nats", "margin": "margin, nats"}
 Scores = dict[str, float]  # item → value
 Table = dict[tuple[str, str, str], Scores]  # condition, benchmark, quantity
 
@@ -62,51 +64,48 @@ def write_pack(path: Path, table: Table) -> None:
 
 
 def with_means(table: Table) -> Table:
-    """The table and, for every condition with several permutations, their mean item by item."""
-    permuted: dict[tuple[str, str, str], list[Scores]] = {}
+    """The table and, for conditions that differ in a permutation's or a draw's number, their mean by item."""
+    alike: dict[tuple[str, str, str], list[Scores]] = {}
     for (condition, benchmark, quantity), items in table.items():
-        name = re.sub(r"-permuted-\d+", "-permuted", condition)
+        name = re.sub(r"(-permuted)-\d+|(@[a-z]+)\d+$", r"\1\2", condition)
         if name != condition:
-            permuted.setdefault((name, benchmark, quantity), []).append(items)
+            alike.setdefault((name, benchmark, quantity), []).append(items)
     means = {
         (f"{name}, mean of {len(each)}", benchmark, quantity): {
             item: sum(items[item] for items in each) / len(each) for item in each[0]
         }
-        for (name, benchmark, quantity), each in permuted.items()
+        for (name, benchmark, quantity), each in alike.items()
         if len(each) > 1
     }
     return table | means
 
 
-def differences(table: Table) -> str:
-    """The Markdown table of every condition against standard."""
-    benchmarks = list(dict.fromkeys(benchmark for _, benchmark, _ in table))
-    lines = ["| routing | " + " | ".join(benchmarks) + " |", "| --- |" + " --- |" * len(benchmarks)]
-    for condition in sorted(dict.fromkeys(condition for condition, _, _ in table), key=_place):
-        cells = [_cell(table, condition, benchmark) for benchmark in benchmarks]
-        lines.append(f"| `{condition}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def differences(table: Table, reference: str) -> str:
+    """A Markdown table per benchmark: every condition against the reference."""
+    parts = []
+    for benchmark in dict.fromkeys(benchmark for _, benchmark, _ in table):
+        base = {quantity: table.get((reference, benchmark, quantity)) for quantity in QUANTITIES}
+        shown = {quantity: items for quantity, items in base.items() if items is not None}
+        if not shown:
+            continue
+        titles = [TITLES[quantity] for quantity in shown]
+        lines = ["| routing | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
+        for condition in sorted({name for name, of, _ in table if of == benchmark}, key=_place):
+            cells = [_cell(table[condition, benchmark, q], shown[q], QUANTITIES[q]) for q in shown]
+            lines.append(f"| `{condition}` | " + " | ".join(cells) + " |")
+        parts.append(f"{benchmark}, {len(shown['score'])} items\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def _place(condition: str) -> tuple[bool, str, str]:
-    """Standard first, and what is permuted behind what it was before."""
-    return condition != STANDARD, re.sub(r"-permuted(-\d+)?|, mean.*", "", condition), condition
+    """Standard first, and what is permuted beside what it was before."""
+    return condition != STANDARD, re.sub(r"-permuted(-\d+)?|\d*(, mean.*)?$", "", condition), condition
 
 
-def _cell(table: Table, condition: str, benchmark: str) -> str:
-    parts = []
-    for quantity, scale in QUANTITIES.items():
-        own, base = table.get((condition, benchmark, quantity)), table.get((STANDARD, benchmark, quantity))
-        if own is None or base is None:
-            continue
-        if condition == STANDARD:
-            parts.append(_signed(f"{_mean(own) * scale:.2f}"))
-        else:
-            parts.append(_text(compare(own, base), scale))
-    return "; ".join(parts)
-
-
-def _text(found: Difference, scale: int) -> str:
+def _cell(items: Scores, base: Scores, scale: int) -> str:
+    if items is base:
+        return _signed(f"{_mean(items) * scale:.2f}")
+    found = compare(items, base)
     low, high = found.low * scale, found.high * scale
     p = "p < 0.001" if found.p < 0.001 else f"p {found.p:.3f}"
     return _signed(f"{found.difference * scale:+.2f} [{low:+.2f}, {high:+.2f}], {p}")
@@ -160,6 +159,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="a file that --pack wrote, or evaluate's --output folder")
     parser.add_argument("--pack", type=Path, metavar="FILE", help="write the folder's items there, and stop")
     parser.add_argument("--without", type=Path, metavar="RUNS", help="leave out the items that these have")
+    parser.add_argument("--reference", default=STANDARD, help="the row that the others are held against")
     parser.add_argument("--draws", nargs="+", default=["expert@facts", "expert@answers[0-9]"])
     parser.add_argument("--controls", default="expert-permuted-[0-9]*")
     args = parser.parse_args()
@@ -171,7 +171,7 @@ def main() -> None:
     if args.without:
         seen = {item for items in read(args.without).values() for item in items}
         table = {key: {i: v for i, v in items.items() if i not in seen} for key, items in table.items()}
-    print(differences(with_means(table)))
+    print(differences(with_means(table), args.reference))
     print("\n" + against_all(table, args.draws, args.controls))
 
 

@@ -45,9 +45,15 @@ def test_a_packed_file_says_what_the_folder_says(folder, tmp_path, capsys, monke
     assert text == shown(capsys, monkeypatch, folder)
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| `")]
     assert rows[:3] == ["`standard`", "`expert-permuted-0@answers0`", "`expert-permuted-1@answers0`"]
-    assert "| `standard` | 50.00; −2.00; 0.50 |" in text
-    assert "| `expert@answers0` | +25.00 [+0.00, +75.00], p 1.000; +3.00 [+3.00, +3.00]" in text
-    assert "| `expert-permuted@answers0, mean of 4` | +0.00 [+0.00, +0.00], p 1.000; +0.12 " in text
+    assert "| `standard` | 50.00 | −2.00 | 0.50 |" in text
+    assert "| `expert@answers0` | +25.00 [+0.00, +75.00], p 1.000 | +3.00 [+3.00, +3.00]" in text
+    assert "| `expert@answers, mean of 2` | +25.00 [+0.00, +75.00], p 1.000 | +2.75 " in text
+    assert "| `expert-permuted@answers, mean of 4` | +0.00 [+0.00, +0.00], p 1.000 | +0.12 " in text
+
+
+def test_any_row_can_be_the_reference(folder, capsys, monkeypatch):
+    text = shown(capsys, monkeypatch, folder, "--reference", "expert-permuted@answers, mean of 4")
+    assert "| `expert@answers1` | +25.00 [+0.00, +75.00], p 1.000 | +2.38 [+2.38, +2.38]" in text
 
 
 def test_draws_are_ranked_against_every_permutation(folder, capsys, monkeypatch):
@@ -62,4 +68,4 @@ def test_items_seen_elsewhere_can_be_left_out(folder, tmp_path, capsys, monkeypa
     one = run("standard", 0.0)
     one.benchmarks["trivia"].items = {"score": {"b": 1.0, "d": 1.0}}
     runs.save(seen, one)
-    assert "| `standard` | 0.00; −2.00; 0.00 |" in shown(capsys, monkeypatch, folder, "--without", seen)
+    assert "| `standard` | 0.00 | −2.00 | 0.00 |" in shown(capsys, monkeypatch, folder, "--without", seen)
