@@ -1,8 +1,10 @@
 """The benchmarks: lm-evaluation-harness's own tasks, which of their metrics counts, and where data is."""
 
+import atexit
 import functools
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ class Benchmark:
     filter: str = "none"  # the harness's name of the filter whose value counts
     general: bool = False  # a check for harm elsewhere, not for factuality
     folder: Path = TASK_FILES  # where its task file is, if the harness does not know it
+    dataset_kwargs: dict[str, Any] = field(default_factory=dict, hash=False)  # the task file's own
 
 
 BENCHMARKS = {
@@ -80,6 +83,7 @@ def _own(name: str) -> Benchmark:
         config.get("dataset_path"),
         filters[0]["name"] if filters else "none",
         folder=Path(name).resolve().parent,
+        dataset_kwargs=config.get("dataset_kwargs") or {},
     )
 
 
@@ -89,6 +93,18 @@ def task_manager(folder: Path) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(folder))
+
+
+@functools.cache
+def _cache_of(local: Path) -> str:
+    """This process's own cache of a local data set.
+
+    The data library's shared one knows a folder by its last name alone, and gives another folder's rows, or
+    an earlier state of this one's.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="cor-vllm-data-")
+    atexit.register(folder.cleanup)
+    return folder.name
 
 
 def load_task(benchmark: Benchmark, data: Path | None) -> dict[str, Any]:
@@ -107,10 +123,11 @@ def load_task(benchmark: Benchmark, data: Path | None) -> dict[str, Any]:
     local = data / benchmark.dataset if data and benchmark.dataset else None
     if local and local.is_dir():
         # An inline group is the harness's way to change a field of a task that it knows.
-        wanted = {
-            "group": "local",
-            "task": [{"task": benchmark.task, "dataset_path": str(local.resolve())}],
+        changed = {
+            "dataset_path": str(local.resolve()),
+            "dataset_kwargs": {**benchmark.dataset_kwargs, "cache_dir": _cache_of(local)},
         }
+        wanted = {"group": "local", "task": [{"task": benchmark.task, **changed}]}
     elif benchmark.dataset and benchmark.dataset.startswith("factor/"):
         raise EvaluationError(
             f"{benchmark.task}: FACTOR is not on the hub; get {benchmark.task.split('_')[1]}_factor.csv from "

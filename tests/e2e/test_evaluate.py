@@ -1,5 +1,6 @@
 """`cor-vllm evaluate` and `tune` on the demo model: three ways to the same numbers, the table, going on."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from cor_vllm.calibrate.loading import load_model, model_folder
 from cor_vllm.cli import main
 from cor_vllm.evaluate import runs
 from cor_vllm.evaluate.benchmarks import chosen, load_task
+from cor_vllm.evaluate.conditions import Condition, Sources
 from cor_vllm.evaluate.harness import measure, transformers_model
+from cor_vllm.evaluate.interventions import Interventions
+from cor_vllm.evaluate.iti import fit, iti
 from cor_vllm.evaluate.runs import Run
 from examples.demo.server import serve
 from tests.e2e.test_vllm_commands import of_processes
@@ -112,6 +116,43 @@ def test_tune_reports_on_items_that_took_no_part(file, tmp_path, capsys):
     assert main([*command, "--limit", LIMIT, "--backend", "transformers", "--grid", "0.05"]) == 0
     text = capsys.readouterr().out
     assert "Chosen: **" in text and "| expert-lambda0.05 |" in text
+
+
+def test_iti_shifts_an_item_by_what_other_questions_taught(file, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend("examples/smollm2")
+    import mirror
+
+    with (DEMO / "probes.jsonl").open() as lines:
+        probes = [json.loads(line) for line in itertools.islice(lines, 24)]
+    rows = []  # with TruthfulQA's fields, which ITI is fitted on
+    for probe in probes:
+        wrong = [choice for choice in probe["choices"] if choice != probe["answer"]]
+        targets = {"choices": [probe["answer"], *wrong], "labels": [1] + [0] * len(wrong)}
+        rows.append({"question": probe["question"], "mc1_targets": targets, "mc2_targets": targets})
+    mirror.write(tmp_path / "truthfulqa/truthful_qa", {"multiple_choice": {"validation": rows}})
+    folder, _ = model_folder(str(MODEL))
+    model, tokenizer = load_model(folder, "float32", None), AutoTokenizer.from_pretrained(folder)
+    lm = transformers_model(model, tokenizer, 16)
+    interventions = Interventions(model, tokenizer, tmp_path, 0)
+    (benchmark,) = chosen(("truthfulqa_mc1",))
+    tasks = load_task(benchmark, tmp_path)
+    with interventions.applied(Condition("iti", "ITI", iti=True), Sources({"": scores.load(file)}), lm):
+        found = measure(lm, benchmark, tasks, None, 0, None).items["gold"]
+    assert lm.folds is None
+    for fold in (0, 1):
+        examples = [
+            (tokenizer(f"Q: {row['question']} A: {answer}").input_ids, label, number)
+            for number, row in enumerate(rows)
+            for answer, label in zip(*row["mc2_targets"].values(), strict=True)
+            if number % 2 != fold
+        ]
+        with iti(model.model, fit(model.model, examples)):
+            expected = measure(lm, benchmark, tasks, None, 0, None).items["gold"]
+        own = [item for item in found if int(item.rpartition("/")[2]) % 2 == fold]
+        assert len(own) == 12
+        assert [found[item] for item in own] == pytest.approx([expected[item] for item in own], abs=1e-3)
+        others = found.keys() - set(own)
+        assert any(abs(found[item] - expected[item]) > 0.1 for item in others), "or the folds say nothing"
 
 
 def test_a_condition_that_a_server_cannot_do_is_refused(file, tmp_path, capsys):

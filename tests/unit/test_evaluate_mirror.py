@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cor_vllm.evaluate.benchmarks import BENCHMARKS, load_task
+
 FOLDER = Path(__file__).parents[2] / "examples" / "smollm2"
 
 
@@ -27,6 +29,16 @@ def test_a_mirror_is_read_by_the_data_library(mirror, tmp_path):
     rows = [{"question": "Which line ends\u2028here?", "answers": ["this", "that"]}]
     mirror.write(tmp_path / "local" / "set", {"one": {"test": rows}, "two": {"test": [], "dev": rows}})
     assert load_dataset(str(tmp_path / "local" / "set"), "one")["test"].to_list() == rows
+
+
+def test_folders_of_one_name_are_two_data_sets(mirror, tmp_path):
+    for name in ("one", "other"):
+        targets = {"choices": [name, "wrong"], "labels": [1, 0]}
+        rows = [{"question": name, "mc1_targets": targets, "mc2_targets": targets}]
+        mirror.write(tmp_path / name / "truthfulqa/truthful_qa", {"multiple_choice": {"validation": rows}})
+    for name in ("one", "other"):
+        (task,) = load_task(BENCHMARKS["truthfulqa_mc1"], tmp_path / name).values()
+        assert [doc["question"] for doc in task.eval_docs] == [name]
 
 
 def test_truthfulqa_puts_the_right_answers_first(mirror, tmp_path):
