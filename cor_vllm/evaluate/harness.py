@@ -17,12 +17,23 @@ Progress = Callable[[str], None]
 CANARY = ("The capital of France is", (" Paris", " a large city in the north of the country of France"))
 
 
+class _Final(torch.Tensor):
+    """Scores of tokens as they are to be summed. The harness takes log_softmax of what a model returns."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.log_softmax:
+            return args[0].as_subclass(torch.Tensor)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def transformers_model(model: MoeModel, tokenizer: Any, batch_size: int) -> Any:
     """The harness's model over one that is loaded and may be intervened on.
 
     Interventions by hooks need nothing more. `forward` ([B, S] ids → logits), where set, takes the model's
     place in scoring; `around` (benchmark, whether it generates → context manager) is what to do to all of a
-    benchmark, `folds` (0 or 1 → context manager) to its items of even and odd number.
+    benchmark, `folds` (0 or 1 → context manager) to its items of even and odd number. `final`: what the model
+    returns are no logits, and not to be normalised.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -30,10 +41,12 @@ def transformers_model(model: MoeModel, tokenizer: Any, batch_size: int) -> Any:
         forward: Callable[[torch.Tensor], torch.Tensor] | None = None
         around: Callable[[Benchmark, bool], AbstractContextManager[None]] | None = None
         folds: Callable[[int], AbstractContextManager[None]] | None = None
+        final = False
 
         def _model_call(self, inps: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             if self.forward is None:
-                return super()._model_call(inps, **kwargs)
+                scores: torch.Tensor = super()._model_call(inps, **kwargs)
+                return scores.as_subclass(_Final) if self.final else scores
             with torch.inference_mode():
                 return self.forward(inps)
 

@@ -58,13 +58,14 @@ class Interventions:
             else:
                 stack.enter_context(self.model.routing(found.rules))
             if condition.dola:
-                lm.around = self._dola
+                lm.around, lm.final = self._dola, True
             if condition.iti:
                 lm.folds = self._iti_fold
             try:
                 yield found
             finally:
                 lm.forward = lm.around = lm.folds = None
+                lm.final = False
 
     @cached_property
     def gates(self) -> Gates:
@@ -81,12 +82,14 @@ class Interventions:
     def _dola(self, benchmark: Benchmark, generates: bool) -> AbstractContextManager[None]:
         """DoLa with its authors' settings for this kind of benchmark (dola.py has their sources).
 
-        Long texts contrast the lower half of the layers, short answers the upper. The plausibility constraint
-        is on but for choices among short answers, where a single token outside it would decide.
+        Long texts contrast the lower half of the layers, short answers the upper. Choices among short answers
+        add up the plain contrast, without the plausibility constraint, of which one token would decide.
         """
         long = benchmark.task in DOLA_LOW
         layers = candidate_layers(self.model.model.config, "low" if long else "high")
-        return dola(self.model.model, layers, relative_top=0.1 if long or generates else 0.0)
+        if long or generates:
+            return dola(self.model.model, layers)
+        return dola(self.model.model, layers, relative_top=0.0, post_softmax=False)
 
     def _iti_fold(self, fold: int) -> AbstractContextManager[None]:
         """ITI for the items of a fold (item number modulo FOLDS), fitted on the others."""

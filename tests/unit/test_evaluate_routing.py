@@ -154,16 +154,16 @@ def test_scores_of_another_model_are_refused(scores: Scores, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("task", "generates", "layer", "plausible"),
+    ("task", "generates", "layer", "options"),
     [
-        ("truthfulqa_mc1", False, 2, 0.0),
-        ("triviaqa", True, 2, 0.1),
-        ("factor_news", False, 0, 0.1),
-        ("gsm8k", True, 0, 0.1),
+        ("truthfulqa_mc1", False, 2, {"relative_top": 0.0, "post_softmax": False}),
+        ("triviaqa", True, 2, {}),
+        ("factor_news", False, 0, {}),
+        ("gsm8k", True, 0, {}),
     ],
 )
 def test_dola_takes_its_authors_settings_for_the_benchmark(
-    model: MoeModel, scores: Scores, task: str, generates: bool, layer: int, plausible: float
+    model: MoeModel, scores: Scores, task: str, generates: bool, layer: int, options: dict[str, Any]
 ) -> None:
     lm = transformers_model(model, byte_tokenizer(), 2)
     condition = Condition("dola", "DoLa", dola=True)
@@ -173,6 +173,10 @@ def test_dola_takes_its_authors_settings_for_the_benchmark(
         lm.around(BENCHMARKS[task], generates),
     ):
         found = lm._model_call(IDS)
-    assert lm.around is None
-    with dola(model.model, [layer], relative_top=plausible), torch.no_grad():
-        assert torch.equal(found, model.model(IDS).logits)
+        ((likelihood, _),) = lm._loglikelihood_tokens([(("", ""), IDS[0, :5].tolist(), IDS[0, 5:].tolist())])
+    assert lm.around is None and not lm.final
+    with dola(model.model, [layer], **options), torch.no_grad():
+        expected = model.model(IDS).logits
+    assert torch.equal(found.as_subclass(torch.Tensor), expected)
+    told = expected[0, 4:7].gather(1, IDS[0, 5:, None]).sum().item()
+    assert likelihood == pytest.approx(told, abs=1e-4), "summed as they are"
