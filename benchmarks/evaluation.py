@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--pack", type=Path, metavar="FILE", help="write the folder's items there, and stop")
     parser.add_argument("--without", type=Path, metavar="RUNS", help="leave out the items that these have")
     parser.add_argument("--reference", default=STANDARD, help="the row that the others are held against")
-    parser.add_argument("--draws", nargs="+", default=["expert@facts", "expert@answers[0-9]"])
+    parser.add_argument("--draws", nargs="+", default=["expert@answers[0-9]"])
     parser.add_argument("--controls", default="expert-permuted-[0-9]*")
     args = parser.parse_args()
     table = read(args.runs)
