@@ -170,7 +170,8 @@ def main() -> None:
         return
     if args.without:
         seen = {item for items in read(args.without).values() for item in items}
-        table = {key: {i: v for i, v in items.items() if i not in seen} for key, items in table.items()}
+        kept = {key: {i: v for i, v in items.items() if i not in seen} for key, items in table.items()}
+        table = {key: items for key, items in kept.items() if items}
     print(differences(with_means(table), args.reference))
     print("\n" + against_all(table, args.draws, args.controls))
 

@@ -92,12 +92,10 @@ def _column(bars: Sequence[float]) -> list[list[float]]:
 
 def _score(scores: Scores, reference: Scores | None) -> tuple[float, float, float]:
     """Mean, and the lengths below and above it of the difference's interval, percent."""
-    items = list(scores)
-    mean = sum(scores.values()) / len(items)
-    if reference is None:
-        low, high = interval(list(scores.values()))
-        return 100 * mean, 100 * (mean - low), 100 * (high - mean)
-    changes = [scores[item] - reference[item] for item in items]
+    mean = sum(scores.values()) / len(scores)
+    base = reference or dict.fromkeys(scores, 0.0)
+    changes = [score - base[item] for item, score in scores.items()]
     low, high = interval(changes)
-    middle = sum(changes) / len(items)
-    return 100 * mean, 100 * (middle - low), 100 * (high - middle)
+    middle = sum(changes) / len(changes)
+    # Rounding can put the mean of equal changes outside their interval, which matplotlib refuses.
+    return 100 * mean, max(0.0, 100 * (middle - low)), max(0.0, 100 * (high - middle))

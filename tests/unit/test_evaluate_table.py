@@ -222,6 +222,8 @@ def test_the_picture_has_every_row_and_paired_intervals(tmp_path: Path) -> None:
         assert f"<!-- {word} -->" in comments
     scores = {str(i): float(i % 2) for i in range(40)}
     assert _score(scores, scores) == (50.0, 0.0, 0.0)
+    tenths = dict.fromkeys("abc", 0.1)
+    assert min(_score(tenths, None)) == 0, "rounding makes no negative bar"
     mean, below, above = _score(scores, None)
     assert mean == 50 and 10 < below < 20 and 10 < above < 20
 
