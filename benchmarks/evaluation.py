@@ -21,7 +21,7 @@ from pathlib import Path
 
 from cor_vllm.evaluate import runs
 from cor_vllm.evaluate.conditions import STANDARD
-from cor_vllm.evaluate.statistics import compare
+from cor_vllm.evaluate.statistics import compare, item_means, mean
 
 QUANTITIES = {"score": 100, "gold": 1, "margin": 1}  # and what each is multiplied by
 TITLES = {"score": "accuracy, points", "gold": "right answer, nats", "margin": "margin, nats"}
@@ -71,9 +71,7 @@ def with_means(table: Table) -> Table:
         if name != condition:
             alike.setdefault((name, benchmark, quantity), []).append(items)
     means = {
-        (f"{name}, mean of {len(each)}", benchmark, quantity): {
-            item: sum(items[item] for items in each) / len(each) for item in each[0]
-        }
+        (f"{name}, mean of {len(each)}", benchmark, quantity): item_means(each)
         for (name, benchmark, quantity), each in alike.items()
         if len(each) > 1
     }
@@ -104,7 +102,7 @@ def _place(condition: str) -> tuple[bool, str, str]:
 
 def _cell(items: Scores, base: Scores, scale: int) -> str:
     if items is base:
-        return _signed(f"{_mean(items) * scale:.2f}")
+        return _signed(f"{mean(items) * scale:.2f}")
     found = compare(items, base)
     low, high = found.low * scale, found.high * scale
     p = "p < 0.001" if found.p < 0.001 else f"p {found.p:.3f}"
@@ -113,10 +111,6 @@ def _cell(items: Scores, base: Scores, scale: int) -> str:
 
 def _signed(text: str) -> str:
     return text.replace("-", "−")
-
-
-def _mean(items: Scores) -> float:
-    return sum(items.values()) / len(items)
 
 
 def against_all(table: Table, draws: Sequence[str], controls: str) -> str:
@@ -129,9 +123,9 @@ def against_all(table: Table, draws: Sequence[str], controls: str) -> str:
     ]
     for benchmark, quantity in [(b, q) for condition, b, q in table if condition == STANDARD]:
         scale = QUANTITIES[quantity]
-        base = _mean(table[STANDARD, benchmark, quantity]) * scale
+        base = mean(table[STANDARD, benchmark, quantity]) * scale
         shifts = {
-            condition: _mean(items) * scale - base
+            condition: mean(items) * scale - base
             for (condition, *of), items in table.items()
             if of == [benchmark, quantity]
         }

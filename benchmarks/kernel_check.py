@@ -215,6 +215,7 @@ def check(case: Case, device: str) -> dict[str, Any]:
 def verdict(answer: Any, case: Case, inputs: Inputs) -> str:
     try:
         result = answer()
+    # A kernel or op that fails is one cell of the table, and the program's exit code; the other checks go on.
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
     if result is None:

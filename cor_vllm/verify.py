@@ -93,7 +93,7 @@ def inspect(llm: Any) -> dict[str, Any]:
     ]
     try:
         llm.collective_rpc("cor_probe_begin")
-    except (AttributeError, NotImplementedError) as error:
+    except (AttributeError, NotImplementedError) as error:  # what vLLM raises for a method that no worker has
         raise VerifyError(f"a worker runs without the plugin cor-vllm ({error})") from error
     llm.generate(prompts, SamplingParams(temperature=0, max_tokens=NEW_TOKENS), use_tqdm=False)
     layers = [row for rows in llm.collective_rpc("cor_probe_end") for row in rows]

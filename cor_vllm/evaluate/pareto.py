@@ -7,7 +7,7 @@ from typing import Any
 
 from cor_vllm.evaluate.conditions import STANDARD
 from cor_vllm.evaluate.runs import Column, Run
-from cor_vllm.evaluate.statistics import interval
+from cor_vllm.evaluate.statistics import interval, mean
 
 Scores = Mapping[str, float]  # item → 0 to 1
 
@@ -61,17 +61,17 @@ def _draw(axis: Any, runs: Sequence[Run], name: str, cost: str) -> None:
     styles = itertools.product("o^vDPX", [f"C{number}" for number in range(10)])
     line = []
     for run, column, x in zip(runs, columns, costs, strict=True):
-        mean, *bars = _score(column.items["score"], reference)
+        score, *bars = _score(column.items["score"], reference)
         if run.condition == STANDARD or run.condition.startswith("static"):
             if x is not None:
-                line.append((x, mean))
-                axis.errorbar(x, mean, _column(bars), fmt="s", color="0.4", capsize=2, linewidth=0.8)
+                line.append((x, score))
+                axis.errorbar(x, score, _column(bars), fmt="s", color="0.4", capsize=2, linewidth=0.8)
                 axis.annotate(
-                    run.condition, (x, mean), xytext=(4, -10), textcoords="offset points", fontsize=7
+                    run.condition, (x, score), xytext=(4, -10), textcoords="offset points", fontsize=7
                 )
         elif "permuted" in run.condition:
             label = None if "permuted CEI" in axis.get_legend_handles_labels()[1] else "permuted CEI"
-            axis.plot([] if x is None else [x], [] if x is None else [mean], "_", color="0.7", label=label)
+            axis.plot([] if x is None else [x], [] if x is None else [score], "_", color="0.7", label=label)
         else:
             marker, colour = next(styles)
             style = {"fmt": marker, "color": colour, "capsize": 2, "linewidth": 0.8, "markersize": 5}
@@ -79,7 +79,7 @@ def _draw(axis: Any, runs: Sequence[Run], name: str, cost: str) -> None:
                 axis.errorbar([], [], label=run.condition, **style)
             else:
                 beside[x] = beside.get(x, x) + step
-                axis.errorbar(beside[x], mean, _column(bars), label=run.condition, **style)
+                axis.errorbar(beside[x], score, _column(bars), label=run.condition, **style)
     if line:
         axis.plot(*zip(*sorted(line), strict=True), color="0.4", linewidth=1)
     axis.set(xlabel=cost, ylabel=f"{name}, percent")
@@ -92,10 +92,9 @@ def _column(bars: Sequence[float]) -> list[list[float]]:
 
 def _score(scores: Scores, reference: Scores | None) -> tuple[float, float, float]:
     """Mean, and the lengths below and above it of the difference's interval, percent."""
-    mean = sum(scores.values()) / len(scores)
     base = reference or dict.fromkeys(scores, 0.0)
     changes = [score - base[item] for item, score in scores.items()]
     low, high = interval(changes)
     middle = sum(changes) / len(changes)
     # Rounding can put the mean of equal changes outside their interval, which matplotlib refuses.
-    return 100 * mean, max(0.0, 100 * (middle - low)), max(0.0, 100 * (high - middle))
+    return 100 * mean(scores), max(0.0, 100 * (middle - low)), max(0.0, 100 * (high - middle))

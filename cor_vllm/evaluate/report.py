@@ -1,13 +1,13 @@
 """The table: every condition against standard on the same items, with what noise would do beside it."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cor_vllm.evaluate import paper
 from cor_vllm.evaluate.conditions import AGAIN, STANDARD
 from cor_vllm.evaluate.runs import Run
-from cor_vllm.evaluate.statistics import Difference, compare, holm
+from cor_vllm.evaluate.statistics import Difference, compare, holm, item_means, mean
 
 SIGNIFICANT = 0.01
 QUANTITIES = {"score": "accuracy, points", "gold": "right answer, nats", "margin": "right minus wrong, nats"}
@@ -83,22 +83,14 @@ def against_permuted(runs: Sequence[Run], quantity: str, seed: int = 0) -> dict[
             complete = [run.benchmarks[benchmark].items for run in permuted if benchmark in run.benchmarks]
             if complete and quantity in column.items:
                 controlled = [items[quantity] for items in complete]
-                difference = compare(column.items[quantity], _means(controlled), seed)
-                above = sum(_mean(each) < difference.mean for each in controlled)
+                difference = compare(column.items[quantity], item_means(controlled), seed)
+                above = sum(mean(each) < difference.mean for each in controlled)
                 found[name, benchmark] = (difference, above, len(controlled))
     corrected = holm([difference.p for difference, _, _ in found.values()])
     return {
         key: Control(Cell(difference, p, 0.0), above, permutations)
         for (key, (difference, above, permutations)), p in zip(found.items(), corrected, strict=True)
     }
-
-
-def _mean(values: Mapping[str, float]) -> float:
-    return sum(values.values()) / len(values)
-
-
-def _means(several: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {item: sum(each[item] for each in several) / len(several) for item in several[0]}
 
 
 def render(runs: Sequence[Run], reference: str = STANDARD) -> str:
@@ -140,10 +132,9 @@ def _table(runs: Sequence[Run], names: Sequence[str], quantity: str, reference: 
             if column is None or quantity not in column.items:
                 values.append("")
                 continue
-            items = column.items[quantity].values()
-            mean = sum(items) / len(items) * scale
+            value = mean(column.items[quantity]) * scale
             cell = compared.get((run.condition, name))
-            text = f"{mean:.2f}" if cell is None else f"{mean:.2f} ({_difference(cell, scale)})"
+            text = f"{value:.2f}" if cell is None else f"{value:.2f} ({_difference(cell, scale)})"
             reported = paper.of(run.model, run.condition).get(name) if quantity == "score" else None
             values.append(text if reported is None else f"{text}; paper {reported:.2f}")
         lines.append(f"| {run.condition} | " + " | ".join(values) + " |")

@@ -52,6 +52,16 @@ def compare(condition: Mapping[str, float], reference: Mapping[str, float], seed
     return Difference(len(items), own.mean().item(), changes.mean().item(), low, high, p, test)
 
 
+def mean(items: Mapping[str, float]) -> float:
+    """Of one benchmark's items under one condition."""
+    return sum(items.values()) / len(items)
+
+
+def item_means(several: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Item by item, over several conditions that hold the same items."""
+    return {item: sum(each[item] for each in several) / len(several) for item in several[0]}
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values corrected for their number: the chance that any of them is an accident (Holm, 1979)."""
     from statsmodels.stats.multitest import multipletests

@@ -9,6 +9,7 @@ from cor_vllm.evaluate.conditions import AGAIN, STANDARD, Condition
 from cor_vllm.evaluate.pipeline import EvaluateOptions, evaluate
 from cor_vllm.evaluate.report import render
 from cor_vllm.evaluate.runs import Column, Run
+from cor_vllm.evaluate.statistics import mean
 
 
 def grid_conditions(grid: Sequence[float]) -> list[Condition]:
@@ -52,9 +53,7 @@ def tune(options: EvaluateOptions, grid: Sequence[float], console: Console) -> s
 
 def mean_score(run: Run) -> float:
     """Mean over benchmarks of the mean score, 0 to 1."""
-    means = [
-        sum(column.items["score"].values()) / len(column.items["score"]) for column in run.benchmarks.values()
-    ]
+    means = [mean(column.items["score"]) for column in run.benchmarks.values()]
     return sum(means) / len(means)
 
 

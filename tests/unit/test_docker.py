@@ -121,7 +121,7 @@ def test_build_context_has_what_the_dockerfiles_copy() -> None:
 def test_dashboard_asks_for_metrics_that_exist() -> None:
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
-        pytest.skip("vLLM is not installed")
+        pytest.skip("vLLM is not installed")  # these tests need nothing else of it, and run without
     # As text: importing vLLM takes longer than all of these tests.
     loggers = (Path(spec.origin).parent / "v1" / "metrics" / "loggers.py").read_text()
     for expression in expressions():
