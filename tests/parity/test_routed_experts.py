@@ -1,56 +1,47 @@
 """--enable-return-routed-experts where layers have different k_l.
 
-vLLM captures on GPUs alone, so its capturer is put to the routers of a CPU engine by hand here.
+vLLM captures under its V2 model runner alone, so this runs where test_v2_runner.py runs it.
 """
 
-from functools import partial
-
+import numpy as np
 import pytest
-import torch
+from vllm import envs
 
-from cor_vllm.config import CorConfig, plan
-from cor_vllm.plugin import widen_capture
 from tests.make_scores import make
-from tests.parity.engine import ENGINE
+from tests.parity.engine import start
 from tests.parity.test_parity import varied, written
 
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.skipif(not envs.VLLM_USE_V2_MODEL_RUNNER, reason="needs the V2 model runner: test_v2_runner.py")
 def test_every_layer_fits_the_widest(checkpoints):
-    from vllm import LLM, SamplingParams
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.layers.fused_moe.routed_experts_capturer import RoutedExpertsCapturer
+    """What a client gets is what each layer's kernel was given, the last expert repeated up to the widest."""
+    from vllm import SamplingParams
 
     folder = checkpoints["qwen3_moe"]
     values = make(folder, k=varied(folder))
     widths = values.k.tolist()
     assert widths == [1, 7, 4]
-    options = {k: v for k, v in ENGINE.items() if k != "compilation_config"}
-    cor = written(folder, values)
-    config = EngineArgs(str(folder), **options, additional_config={"cor": cor}).create_engine_config()
-    config.model_config.enable_return_routed_experts = True  # as a flag vLLM refuses it on the CPU
-    widen_capture(config, plan(CorConfig.of(cor), values))
-    capturer = RoutedExpertsCapturer(64, config)
-    assert capturer.shape_per_token == (3, 7)
-
-    llm = LLM(model=str(folder), **ENGINE, additional_config={"cor": cor})
+    caching = {"enable_prefix_caching": True, "block_size": 32}
+    llm = start(folder, written(folder, values), enable_return_routed_experts=True, **caching)
     layers = llm.apply_model(lambda model: [layer.mlp.experts for layer in model.model.layers])[0]
-    given: list[torch.Tensor] = []
-    for number, layer in enumerate(layers):
-        layer.router.set_capture_fn(partial(capturer.capture, number))
+    given: list[list[np.ndarray]] = [[] for _ in layers]
+    for seen, layer in zip(given, layers, strict=True):
         forward = layer.routed_experts.forward_modular
 
-        def listening(*args, forward=forward, **kwargs):
-            given.append(kwargs["topk_ids"].clone())
+        def listening(*args, forward=forward, seen=seen, **kwargs):
+            seen.append(kwargs["topk_ids"].numpy().copy())
             return forward(*args, **kwargs)
 
         layer.routed_experts.forward_modular = listening
     prompt = {"prompt_token_ids": list(range(40, 51))}
-    llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-
-    captured = capturer.device_buffer[:11]
-    for number, width in enumerate(widths):
-        assert given[number].shape == (11, width)
-        assert captured[:, number, :width].equal(given[number])
-        assert (captured[:, number, width:] == given[number][:, -1:]).all()
+    asked = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    (output,) = llm.generate([prompt], asked, use_tqdm=False)
+    routed = output.outputs[0].routed_experts
+    assert routed.shape == (11 + 4 - 1, 3, 7)  # the last token was never fed in
+    for number, (seen, width) in enumerate(zip(given, widths, strict=True)):
+        rows = np.concatenate([ids[: 11 if step == 0 else 1] for step, ids in enumerate(seen)])
+        assert rows.shape == (14, width)
+        assert (routed[:, number, :width] == rows).all()
+        assert (routed[:, number, width:] == rows[:, -1:]).all()

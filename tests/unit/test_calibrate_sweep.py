@@ -240,8 +240,8 @@ def test_unknown_arguments_of_attention_are_refused() -> None:
     case = Case("qwen3_moe")
     attention = case.model.model.model.layers[0].self_attn
     forward = attention.forward
-    attention.forward = lambda **arguments: forward(**arguments, softcap=30.0)
-    with pytest.raises(CalibrationError, match="qwen3_moe: its attention takes softcap"):
+    attention.forward = lambda **arguments: forward(**arguments, new_option=30.0)
+    with pytest.raises(CalibrationError, match="qwen3_moe: its attention takes new_option"):
         case.sweep()
 
 

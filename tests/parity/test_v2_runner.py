@@ -1,0 +1,24 @@
+"""The routing tests again under vLLM's V2 model runner, the default on GPUs, in Triton's interpreter."""
+
+import pytest
+
+from tests.parity.child import environment, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # a dozen tests of their own in each of these
+FAMILIES = ("qwen3_moe", "gpt_oss")
+CHOSEN = (
+    "(routes_as or lambda_0) and (qwen3_moe or gpt_oss)",
+    "a_sound_engine and (qwen3_moe or gpt_oss) or lost or another_k or sabotaged",  # verify, planted faults
+    "a_change_gives or running_request or test_counters",  # POST /v1/cor, the prefix cache's key, observe
+    "fits_the_widest",  # --enable-return-routed-experts, which no other runner has: so this one ran
+)
+PASSED = 2 * len(FAMILIES) + 5 + 3 + 1
+
+
+@pytest.mark.parametrize("next_version", [False, True], ids=["0.32", "0.33"])
+def test_v2(next_version):
+    variables = environment(next_version, v2=True, families=FAMILIES)
+    files = ("test_parity.py", "test_verify.py", "test_control.py", "test_routed_experts.py")
+    chosen = " or ".join(f"({each})" for each in CHOSEN)
+    out = run(variables, "-m", "pytest", "-q", "-k", chosen, *(f"tests/parity/{file}" for file in files))
+    assert f"{PASSED} passed" in out
