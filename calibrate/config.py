@@ -6,6 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from cor_vllm.errors import CorError
+
 DEFAULT_CORPUS = "default"
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -14,7 +16,7 @@ PerturbTarget = Literal["moe", "layer"]
 Scope = Literal["token", "sequence"]
 
 
-class CalibrationError(ValueError):
+class CalibrationError(CorError):
     """A calibration that cannot be done as asked: one line with what is wrong and what to do."""
 
 

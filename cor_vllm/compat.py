@@ -2,6 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from cor_vllm.errors import CorError
+
 SUPPORTED = ((0, 32), (0, 34))
 
 # 0.33 loads MoNE checkpoints, in which constants take the place of experts, into experts of this class. Their
@@ -9,7 +11,7 @@ SUPPORTED = ((0, 32), (0, 34))
 SUBSTITUTED_EXPERTS = "SubstitutedRoutedExperts"
 
 
-class UnsupportedVersion(RuntimeError):
+class UnsupportedVersion(CorError):
     """A vLLM that the plugin does not know; routing by guesswork would be worse than not starting."""
 
 

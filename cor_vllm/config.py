@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cor_vllm.errors import CorError, invalid
 from cor_vllm.metadata import Mode, ServingInfo
 from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
 
@@ -16,7 +17,7 @@ Weights = Literal["router", "fused"]
 WITHOUT_LAMBDA = ("layer", "random", "off")  # modes
 
 
-class ConfigError(ValueError):
+class ConfigError(CorError):
     """Options that contradict each other or the scores file: one line with the option and the remedy."""
 
 
@@ -89,10 +90,9 @@ class CorConfig(BaseModel):
         try:
             return cls.model_validate(options)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            name = ".".join(["cor", *map(str, first["loc"])])
-            value = f", got {first['input']!r}" if first["loc"] else ""
-            raise ConfigError(f"{name}: {first['msg'].removeprefix('Value error, ')}{value}") from None
+            where, message, value = invalid(error)
+            got = f", got {value}" if where else ""
+            raise ConfigError(f"{'.'.join(['cor', *where])}: {message}{got}") from None
 
     def resolved(self, serving: ServingInfo) -> "CorConfig":
         """These options with the mode and λ that the scores file adds where they have none.

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from cor_vllm.errors import CorError
+
 # Router tensors by their names in the published checkpoints: Qwen, OLMoE, DeepSeek, GLM (mlp.gate), Mixtral
 # (block_sparse_moe.gate), GPT-OSS (mlp.router). A dense layer's mlp.gate_proj does not match.
 _TENSORS = ("weight", "bias", "e_score_correction_bias")  # in the order in which a layer's are hashed
@@ -17,7 +19,7 @@ _ROUTER = re.compile(
 )
 
 
-class FingerprintError(ValueError):
+class FingerprintError(CorError):
     """A checkpoint without routers to hash: one line with the cause and the remedy."""
 
 

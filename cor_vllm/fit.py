@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cor_vllm.config import CorConfig
+from cor_vllm.errors import CorError
 from cor_vllm.fingerprint import Routers, read_routers
 from cor_vllm.scores import Scores
 
@@ -18,7 +19,7 @@ _SAFETENSORS_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors")
 _WITHOUT_DRAFT_MODEL = ("ngram", "ngram_gpu", "suffix")  # they guess from the text alone
 
 
-class MisfitError(ValueError):
+class MisfitError(CorError):
     """A scores file of another model, or an engine that cannot be routed: one line with cause and remedy."""
 
 

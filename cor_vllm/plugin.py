@@ -17,6 +17,7 @@ import torch
 
 from cor_vllm import compat, control, endpoint, fit, flags
 from cor_vllm.config import CorConfig, CorOptions, LayerRouting, disabled, plan
+from cor_vllm.errors import CorError
 from cor_vllm.observe import COUNTERS
 from cor_vllm.process import config_of, layers_of
 from cor_vllm.scores import Scores, digest, parse, read_bytes
@@ -28,7 +29,7 @@ logger = logging.getLogger("vllm.cor")  # below vLLM's own, whose level and form
 _installed = False
 
 
-class RoutingError(RuntimeError):
+class RoutingError(CorError):
     """A MoE layer that would not be routed by us; the message names the layer."""
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 
+from cor_vllm.errors import CorError, invalid, one_line
 from cor_vllm.metadata import ScoresConfig
 
 FORMAT = "cor-scores/1"
@@ -28,7 +29,7 @@ MAX_HEADER_BYTES = 1 << 22
 RECALIBRATE = "write it again with `cor-vllm calibrate`"
 
 
-class ScoresError(ValueError):
+class ScoresError(CorError):
     """A scores file that cannot be used: one line with the field, what it holds, and what to do."""
 
 
@@ -125,7 +126,7 @@ def parse(data: bytes, name: str) -> Scores:
         tensors = safetensors_load(data)
     except (SafetensorError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise ScoresError(
-            f"{name}: not a complete safetensors file ({_one_line(error)}); {RECALIBRATE}"
+            f"{name}: not a complete safetensors file ({one_line(error)}); {RECALIBRATE}"
         ) from None
     config = _config(header.get("__metadata__"), name)
     for field in _DTYPES:
@@ -184,7 +185,7 @@ def _header(data: bytes, name: str) -> dict[str, object]:
     try:
         header = json.loads(data[8 : 8 + length])
     except (ValueError, RecursionError) as error:
-        raise ScoresError(f"{name}: header: not JSON ({_one_line(error)}); {RECALIBRATE}") from None
+        raise ScoresError(f"{name}: header: not JSON ({one_line(error)}); {RECALIBRATE}") from None
     if not isinstance(header, dict):
         raise ScoresError(f"{name}: header: not a JSON object; {RECALIBRATE}")
     return header
@@ -195,24 +196,13 @@ def _config(metadata: object, name: str) -> ScoresConfig:
     found = values.get("format")
     if found != FORMAT:
         remedy = "update cor-vllm" if str(found).startswith("cor-scores/") else RECALIBRATE
-        raise ScoresError(
-            f"{name}: format: {_one_line(repr(found))}, this version reads {FORMAT!r}; {remedy}"
-        )
+        raise ScoresError(f"{name}: format: {one_line(repr(found))}, this version reads {FORMAT!r}; {remedy}")
     try:
         return ScoresConfig.model_validate_json(values.get("config") or "")
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(["config", *map(str, first["loc"])])
-        value = _one_line(repr(first.get("input")))
-        raise ScoresError(
-            f"{name}: {_one_line(where)}: {_one_line(first['msg'])}, got {value}; {RECALIBRATE}"
-        ) from None
-
-
-def _one_line(text: object, limit: int = 120) -> str:
-    line = " ".join(str(text).split())
-    line = "".join(c if c.isprintable() else "?" for c in line)
-    return line if len(line) <= limit else line[:limit] + "…"
+        where, message, value = invalid(error)
+        field = one_line(".".join(["config", *where]))
+        raise ScoresError(f"{name}: {field}: {message}, got {value}; {RECALIBRATE}") from None
 
 
 def validate(scores: Scores, name: str) -> None:

@@ -5,14 +5,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cor_vllm.config import WITHOUT_LAMBDA
+from cor_vllm.errors import CorError, invalid, one_line
 from cor_vllm.metadata import Mode
 
 
-class ChangeError(ValueError):
+class ChangeError(CorError):
     """A body that is no Change: one line with the field and what it must be."""
 
 
-class StateError(RuntimeError):
+class StateError(CorError):
     """Workers that do not route alike."""
 
 
@@ -40,11 +41,9 @@ class Change(BaseModel):
         try:
             return cls.model_validate_json(body)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "body"
-            text = f"{where}: {first['msg'].removeprefix('Value error, ')}"
-            # Field names are the client's own and may hold anything, lone surrogates included.
-            text = "".join(c if c.isprintable() else "?" for c in text[:300])
+            where, message, _ = invalid(error)
+            # Field names are the client's own and may be long.
+            text = one_line(f"{'.'.join(where) or 'body'}: {message}", limit=300)
             raise ChangeError(f'{text}; send for instance {{"lambda": 0.1}} or {{"mode": "off"}}') from None
 
 

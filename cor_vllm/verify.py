@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cor_vllm import compat
+from cor_vllm.errors import CorError
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 24, 2
 SMALL = ("--max-model-len", "256", "--kv-cache-memory-bytes", str(512 * 2**20))  # a probe needs no more
 
 
-class VerifyError(RuntimeError):
+class VerifyError(CorError):
     """The engine did not start, or did not answer: one line with the cause."""
 
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cor_vllm.errors import CorError
+
 TASK_FILES = Path(__file__).parent / "tasks"  # what the harness lacks: FACTOR
 
 
-class EvaluationError(ValueError):
+class EvaluationError(CorError):
     """An evaluation that cannot be done as asked: one line with the cause and the remedy."""
 
 
