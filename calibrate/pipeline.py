@@ -148,6 +148,8 @@ def _progress(console: Console) -> Progress:
 def _check_output(output: Path) -> None:
     if output.is_dir():
         raise CalibrationError(f"--output {output}: is a folder; give the name of a file")
+    if output.exists() and not output.is_file():  # a device, say, which the file would take the place of
+        raise CalibrationError(f"--output {output}: is not a regular file; give the name of a file")
     if not output.parent.is_dir():
         raise CalibrationError(f"--output {output}: there is no folder {output.parent}; create it first")
     try:

@@ -5,17 +5,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cor_vllm import __version__
-from cor_vllm.evaluate.command import add_evaluate, add_tune
+from cor_vllm import __version__, exits
+from cor_vllm.errors import invalid
+from cor_vllm.evaluate.command import add_evaluate, add_tune, run_evaluate, run_tune
 
 Handler = Callable[[argparse.Namespace], int]
-
-# What a server's installation can do without, by the extra that has it.
-EXTRAS = {
-    "calibrate": ("transformers", "matplotlib"),
-    "evaluate": ("lm_eval", "scipy", "statsmodels", "sklearn", "datasets"),
-}
-INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,10 +19,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None: the process's own.
 
     Returns:
-        0 done, 1 failed with one line on stderr, 130 interrupted. Usage errors exit with 2.
+        The exit code (exits.HELP). Usage errors exit with 2.
     """
+    return exits.run(lambda: _command(argv))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options; each command's `handler` runs it."""
     parser = argparse.ArgumentParser(
-        prog="cor-vllm", description="Counterfactual routing for mixture-of-experts models served by vLLM."
+        prog="cor-vllm",
+        description="Counterfactual routing for mixture-of-experts models served by vLLM.",
+        epilog=exits.HELP,
     )
     parser.add_argument("--version", action="version", version=f"cor-vllm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -36,28 +37,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_show(commands)
     _add_plot(commands)
     _add_verify(commands)
-    add_evaluate(commands).set_defaults(handler=_evaluate)
-    add_tune(commands).set_defaults(handler=_tune)
+    add_evaluate(commands).set_defaults(handler=run_evaluate)
+    add_tune(commands).set_defaults(handler=run_tune)
+    return parser
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.handler not in (_verify, _evaluate, _tune):
+    if rest and args.handler not in (_verify, run_evaluate, run_tune):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
     handler: Handler = args.handler
     try:
         return handler(args)
-    except KeyboardInterrupt:
-        print("cor-vllm: interrupted; the same command goes on from where it stopped", file=sys.stderr)
-        return INTERRUPTED
-    except ModuleNotFoundError as error:
-        for extra, packages in EXTRAS.items():
-            if error.name in packages:
-                return _fail(f"this command needs the package {error.name}: pip install 'cor-vllm[{extra}]'")
+    except (KeyboardInterrupt, exits.Terminated) as stop:
+        if handler in (_calibrate, run_evaluate, run_tune):
+            stop.add_note("the same command goes on from where it stopped")
         raise
-
-
-def _fail(message: object) -> int:
-    print(f"cor-vllm: error: {message}", file=sys.stderr)
-    return 1
 
 
 def _add_calibrate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -236,30 +233,26 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 def _calibrate(args: argparse.Namespace) -> int:
     import torch
     from pydantic import ValidationError
-    from rich.console import Console
 
     from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
     from cor_vllm.calibrate.pipeline import calibrate
     from cor_vllm.calibrate.show import better_flags, warnings
-    from cor_vllm.fingerprint import FingerprintError
-    from cor_vllm.scores import ScoresError
+    from cor_vllm.console import Terminal
 
     values = {name: value for name, value in vars(args).items() if name not in ("handler", "rest")}
     try:
         options = CalibrationOptions(**values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        option = "".join(f"--{str(part).replace('_', '-')}: " for part in first["loc"])
-        return _fail(option + first["msg"].removeprefix("Value error, "))
+        where, message, _ = invalid(error)
+        option = "".join(f"--{part.replace('_', '-')}: " for part in where)
+        raise CalibrationError(option + message) from None
     try:
-        scores = calibrate(options, Console(stderr=True))
-    except (CalibrationError, FingerprintError, ScoresError, OSError) as error:
-        return _fail(error)
+        scores = calibrate(options, Terminal(stderr=True))
     except torch.OutOfMemoryError:
-        return _fail(
+        raise CalibrationError(
             "the device ran out of memory; try a smaller --max-memory, --dtype bfloat16, a shorter "
             "--seq-len, --device auto or --device cpu"
-        )
+        ) from None
     for line in warnings(scores):
         print(f"warning: {line}", file=sys.stderr)
     for setting in better_flags(scores):
@@ -282,19 +275,15 @@ def _add_show(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _show(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from cor_vllm.calibrate.show import as_json, print_scores
-    from cor_vllm.scores import ScoresError, load
+    from cor_vllm.console import Terminal
+    from cor_vllm.scores import load
 
-    try:
-        scores = load(args.scores)
-    except ScoresError as error:
-        return _fail(error)
+    scores = load(args.scores)
     if args.json:
         print(as_json(scores))
     else:
-        print_scores(scores, Console())
+        print_scores(scores, Terminal())
     return 0
 
 
@@ -320,15 +309,11 @@ def _add_plot(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from cor_vllm.calibrate.config import CalibrationError
     from cor_vllm.calibrate.plots import plot
-    from cor_vllm.scores import ScoresError, load
+    from cor_vllm.scores import load
 
-    try:
-        for path in plot(load(args.scores), args.output, args.layers):
-            print(path)
-    except (ScoresError, CalibrationError, OSError) as error:
-        return _fail(error)
+    for path in plot(load(args.scores), args.output, args.layers):
+        print(path)
     return 0
 
 
@@ -340,7 +325,7 @@ def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "layer with what the file says, computed independently: expert kernel, router, k_l, the experts that "
         "the kernel was given, their weights, the share of slots changed, and that λ = 0 is vLLM's own "
         "routing. Takes every further flag of vLLM's engine, like --tensor-parallel-size or --cor-mode. Runs "
-        "eager. Exit code 1 if any layer is not routed as the file says.",
+        "eager. Exit code 3 if any layer is not routed as the file says, 1 if that could not be found out.",
     )
     parser.set_defaults(handler=_verify)
     parser.add_argument("model", metavar="MODEL", help="as for vllm serve")
@@ -352,30 +337,6 @@ def _verify(args: argparse.Namespace) -> int:
     from cor_vllm.verify import main as verify
 
     return verify(args.model, args.cor_scores, args.rest, args.json)
-
-
-def _evaluate(args: argparse.Namespace) -> int:
-    from cor_vllm.evaluate.command import run_evaluate
-
-    return _reported(run_evaluate, args)
-
-
-def _tune(args: argparse.Namespace) -> int:
-    from cor_vllm.evaluate.command import run_tune
-
-    return _reported(run_tune, args)
-
-
-def _reported(run: Handler, args: argparse.Namespace) -> int:
-    from cor_vllm.calibrate.config import CalibrationError
-    from cor_vllm.config import ConfigError
-    from cor_vllm.evaluate.benchmarks import EvaluationError
-    from cor_vllm.scores import ScoresError
-
-    try:
-        return run(args)
-    except (EvaluationError, ScoresError, CalibrationError, ConfigError) as error:
-        return _fail(error)
 
 
 if __name__ == "__main__":

@@ -141,11 +141,13 @@ def save(path: str | os.PathLike[str], scores: Scores) -> None:
     """Validate and write a scores file atomically: the final name never holds half a file.
 
     Raises:
-        ScoresError: the scores break the format.
+        ScoresError: the scores break the format, or `path` is a folder, a device or another special file.
         OSError: the file cannot be written (disk full, no permission); nothing is left behind.
     """
     target = Path(path)
     validate(scores, os.fspath(target))
+    if target.exists() and not target.is_file():  # it would be replaced
+        raise ScoresError(f"{target}: is not a regular file; give the name of a file")
     metadata = {"format": FORMAT, "config": scores.config.model_dump_json(by_alias=True)}
     data = _ordered(safetensors_save({n: t.contiguous() for n, t in scores.tensors().items()}, metadata))
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cor_vllm import compat
+from cor_vllm import compat, exits
 from cor_vllm.errors import CorError
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 24, 2
@@ -32,7 +32,7 @@ def verify(model: str, scores: str, flags: list[str], as_json: bool) -> int:
         as_json: JSON on stdout in place of the report.
 
     Returns:
-        0 where every layer is routed as the file says, 1 where one is not.
+        0 where every layer is routed as the file says, exits.MISROUTED where one is not.
 
     Raises:
         VerifyError: the engine did not start.
@@ -44,7 +44,7 @@ def verify(model: str, scores: str, flags: list[str], as_json: bool) -> int:
     llm = _load(model, scores, flags)
     report = inspect(llm)
     print(json.dumps(report) if as_json else render(report))
-    return 1 if report["problems"] else 0
+    return exits.MISROUTED if report["problems"] else 0
 
 
 def _load(model: str, scores: str, flags: list[str]) -> Any:

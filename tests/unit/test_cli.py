@@ -55,20 +55,9 @@ def test_usage_errors(argv: list[str], capsys: pytest.CaptureFixture[str]) -> No
 
 
 def options_of(command: str) -> list[argparse.Action]:
-    captured: list[list[argparse.Action]] = []
-
-    class Stop(Exception):
-        pass
-
-    def parse(self: argparse.ArgumentParser, argv: object = None) -> None:
-        commands = next(a for a in self._actions if isinstance(a, argparse._SubParsersAction))
-        captured.append(commands.choices[command]._actions)
-        raise Stop
-
-    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Stop):
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
-        cli.main([])
-    return captured[0]
+    actions = cli.build_parser()._actions
+    commands = next(action for action in actions if isinstance(action, argparse._SubParsersAction))
+    return commands.choices[command]._actions
 
 
 def test_every_option_is_offered_and_explained_with_its_default() -> None:
