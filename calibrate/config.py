@@ -25,9 +25,10 @@ class CalibrationOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    model: str
+    model: str = Field(min_length=1)
     output: Path
-    corpus: str | None = None  # None: the shipped corpus, or no held-out text where token_ids is given
+    # None: the shipped corpus, or no held-out text where token_ids is given
+    corpus: str | None = Field(default=None, min_length=1)
     answers: Path | None = None
     token_ids: Path | None = None
     positions: Path | None = None

@@ -59,13 +59,14 @@ def reliability(scores: Scores) -> str:
     if correlation is None:
         return ""
     ranks = f" (ranks within layers: {rank:.2f})" if rank is not None else ""
-    found = (
-        f"halves of the {calibration.num_hard} correlate at {correlation:.2f}{ranks}, so all of them have a "
-        f"reliability of {full_reliability(correlation):.2f}"
-    )
+    halves = f"halves of the {calibration.num_hard} correlate at {correlation:.2f}{ranks}"
     needed = samples_for(RELIABLE, correlation, calibration.num_hard)
     if needed is None:
-        return f"{found}; how many would do cannot be told, try ten times as many"
+        return (
+            f"{halves}, so CEI is not reproducible; how many positions would do cannot be told, try ten times "
+            "as many"
+        )
+    found = f"{halves}, so all of them have a reliability of {full_reliability(correlation):.2f}"
     if details.get("positions"):
         return f"{found}; {RELIABLE:g} takes about {_rough(needed)}: name more in --positions"
     tokens = needed * calibration.num_positions / max(calibration.num_hard, 1)

@@ -129,8 +129,11 @@ def split_half_correlation(
 
 
 def full_reliability(split_half: float) -> float:
-    """Spearman-Brown: the reliability of all samples from the correlation of their halves, 2r / (1 + r)."""
-    return 2 * split_half / (1 + split_half) if split_half > -1 else -1.0
+    """Spearman-Brown: the reliability of all samples from the correlation of their halves, 2r / (1 + r).
+
+    Halves that do not agree, r ≤ 0, have none: 0, where the formula would give down to −∞.
+    """
+    return 2 * split_half / (1 + split_half) if split_half > 0 else 0.0
 
 
 def samples_for(reliability: float, split_half: float, samples: int) -> int | None:

@@ -3,9 +3,9 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from cor_vllm import __version__, exits
+from cor_vllm.arguments import given, path
 from cor_vllm.errors import invalid
 from cor_vllm.evaluate.command import add_evaluate, add_tune, run_evaluate, run_tune
 
@@ -67,8 +67,10 @@ def _add_calibrate(commands: "argparse._SubParsersAction[argparse.ArgumentParser
         argument_default=argparse.SUPPRESS,  # the defaults are CalibrationOptions'
     )
     parser.set_defaults(handler=_calibrate)
-    parser.add_argument("model", metavar="MODEL", help="folder of a transformers checkpoint, or a hub id")
-    parser.add_argument("--output", required=True, metavar="FILE", help="scores file to write")
+    parser.add_argument(
+        "model", type=given, metavar="MODEL", help="folder of a transformers checkpoint, or a hub id"
+    )
+    parser.add_argument("--output", required=True, type=given, metavar="FILE", help="scores file to write")
     _add_text_options(parser)
     _add_method_options(parser)
     _add_budget_options(parser)
@@ -80,12 +82,14 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--corpus",
+        type=given,
         metavar="NAME_OR_PATH",
         help="a text file (blank lines between documents), a .jsonl file (key `text`), or `c4` (C4 "
         "validation, streamed; needs the package datasets) (default: the corpus that ships with the package)",
     )
     add(
         "--answers",
+        type=given,
         metavar="FILE",
         help="a .jsonl file of questions (key `question`) and answers (key `answer`): calibrate on "
         "--num-tokens positions of them, the tokens of the answers being the hard ones; --corpus then only "
@@ -93,6 +97,7 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--token-ids",
+        type=given,
         metavar="FILE",
         help="JSON list of lists of token ids: all of them are the calibration sequences, as they are, and "
         "--num-tokens and --seq-len do not apply to them; --corpus then only supplies held-out text, and "
@@ -100,6 +105,7 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--positions",
+        type=given,
         metavar="FILE",
         help="JSON list with one list per sequence of --token-ids: indexes t, from 0, of the positions (t "
         "predicts token t+1) to use as hard ones instead of those above --hard-percentile (default: none)",
@@ -270,7 +276,7 @@ def _add_show(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "router's probability, but a CEI in the upper half of its layer and above 0.",
     )
     parser.set_defaults(handler=_show)
-    parser.add_argument("scores", metavar="FILE", help="a scores file")
+    parser.add_argument("scores", type=given, metavar="FILE", help="a scores file")
     parser.add_argument("--json", action="store_true", help="JSON on stdout instead of tables")
 
 
@@ -295,9 +301,9 @@ def _add_plot(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "(hard positions per expert), each as PNG and SVG.",
     )
     parser.set_defaults(handler=_plot)
-    parser.add_argument("scores", metavar="FILE", help="a scores file")
+    parser.add_argument("scores", type=given, metavar="FILE", help="a scores file")
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="folder for the figures; created"
+        "--output", required=True, type=path, metavar="DIR", help="folder for the figures; created"
     )
     parser.add_argument(
         "--layers",
@@ -312,8 +318,8 @@ def _plot(args: argparse.Namespace) -> int:
     from cor_vllm.calibrate.plots import plot
     from cor_vllm.scores import load
 
-    for path in plot(load(args.scores), args.output, args.layers):
-        print(path)
+    for figure in plot(load(args.scores), args.output, args.layers):
+        print(figure)
     return 0
 
 
@@ -328,8 +334,8 @@ def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "eager. Exit code 3 if any layer is not routed as the file says, 1 if that could not be found out.",
     )
     parser.set_defaults(handler=_verify)
-    parser.add_argument("model", metavar="MODEL", help="as for vllm serve")
-    parser.add_argument("--cor-scores", required=True, metavar="PATH", help="the scores file")
+    parser.add_argument("model", type=given, metavar="MODEL", help="as for vllm serve")
+    parser.add_argument("--cor-scores", required=True, type=given, metavar="PATH", help="the scores file")
     parser.add_argument("--json", action="store_true", help="JSON on stdout instead of the report")
 
 

@@ -7,7 +7,7 @@ import os
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cor_vllm.errors import CorError, invalid
 from cor_vllm.metadata import Mode, ServingInfo
@@ -15,6 +15,7 @@ from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
 
 Weights = Literal["router", "fused"]
 WITHOUT_LAMBDA = ("layer", "random", "off")  # modes
+STABLE_LAMBDA = (0.05, 0.2)  # the range that the paper calls stable
 
 
 class ConfigError(CorError):
@@ -55,7 +56,10 @@ class CorConfig(BaseModel):
     starts: it ties compile caches to the file's content and lets a worker notice a file that was replaced.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, allow_inf_nan=False)
+    # Strict: true is not a λ of 1, "0.1" is not a number, 3.0 is not a number of experts.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, validate_by_name=True, allow_inf_nan=False
+    )
 
     scores: str
     lambda_: float | None = Field(default=None, alias="lambda", ge=0)
@@ -67,6 +71,15 @@ class CorConfig(BaseModel):
     admin: bool = False  # POST /v1/cor may change λ and mode
     observe: bool = False  # count on the device what the routing does
     sha256: str | None = None
+
+    @field_validator("scores", mode="before")
+    @classmethod
+    def _path(cls, value: object) -> object:
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if value == "":  # which would be the working directory
+            raise ValueError("the path is empty: give that of a scores file, or leave the option out")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> "CorConfig":
@@ -186,6 +199,46 @@ def plan(config: CorConfig, scores: Scores) -> dict[int, LayerRouting]:
         is_random = config.static_k is None and mode == "random"
         layers[layer_index] = LayerRouting(layer_index, top_k, bias, is_random, lambda_)
     return layers
+
+
+def doubts(config: CorConfig, scores: Scores) -> list[str]:
+    """One line for each thing that the options do and that is hardly meant.
+
+    Args:
+        config: the options, resolved.
+        scores: the scores file that they name.
+    """
+    lines = []
+    if scores.config.heldout and (harm := scores.config.heldout.harm(config.mode or "static k")):
+        lines.append(harm)
+    if config.static_k is not None or config.mode in WITHOUT_LAMBDA:
+        return lines
+    if config.swap_rate is not None:
+        short = int((scores.swap_rate < config.swap_rate).all(dim=1).sum())
+        if short:
+            largest = f"λ = {SWAP_RATE_LAMBDAS[-1]:g}"
+            lines.append(
+                f"swap_rate {config.swap_rate:g} is more than {largest}, the largest measured, changes in "
+                f"{short} of {scores.num_layers} layers: these are served with {largest}"
+            )
+    elif config.lambda_ is not None and config.lambda_ > STABLE_LAMBDA[1]:
+        lines.append(_beyond_stable(config.lambda_, scores))
+    return lines
+
+
+def _beyond_stable(lambda_: float, scores: Scores) -> str:
+    """How far λ·CEI takes the choice away from the router, whose probabilities differ by 1 at most."""
+    line = "λ = {:g} is beyond the stable range, {:g} to {:g}".format(lambda_, *STABLE_LAMBDA)
+    cei = scores.cei.double().sort(dim=1).values
+    settled = torch.searchsorted(cei, cei - 1 / lambda_)  # [M, N], experts that each one is always ahead of
+    if not settled.any():
+        return line
+    pairs = scores.num_layers * scores.num_experts * (scores.num_experts - 1) / 2
+    return (
+        f"{line}: in {int(settled.any(dim=1).sum())} of {scores.num_layers} layers experts differ in λ·CEI "
+        "by more than 1, which is more than router probabilities can, and the order of "
+        f"{settled.sum().item() / pairs:.0%} of all pairs of experts no longer depends on the router"
+    )
 
 
 def _bias(cei: torch.Tensor, lambda_: float, weights: Weights) -> torch.Tensor | None:

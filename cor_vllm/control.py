@@ -10,7 +10,7 @@ from typing import Any
 from cor_vllm import __version__
 from cor_vllm.config import ConfigError, CorConfig
 from cor_vllm.metadata import Mode
-from cor_vllm.process import config_of, layers_of, scores_of
+from cor_vllm.process import config_of, doubts_of, layers_of, scores_of
 from cor_vllm.scores import ScoresError
 
 
@@ -64,6 +64,7 @@ def worker_status(worker: Any) -> dict[str, Any]:
         "fingerprint": model.fingerprint,
         "model_top_k": model.top_k,
         "options": config.model_dump(by_alias=True, exclude={"scores"}),
+        "warnings": list(doubts_of(config)),
         "layers": [
             {
                 "layer": index,

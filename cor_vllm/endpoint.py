@@ -135,6 +135,8 @@ def build_router() -> "APIRouter":
         after = await read(engines)
         metrics.publish(after)
         logger.info("CoR: %s", _line(before, after))
+        for line in after.warnings:
+            logger.warning("CoR: %s", line)
         return after
 
     return router

@@ -1,10 +1,15 @@
 """The --cor-… flags of every vllm subcommand that builds an engine."""
 
 import argparse
+import functools
+import logging
+import multiprocessing
 from typing import Any, get_args
 
 from cor_vllm.config import ConfigError, Weights
 from cor_vllm.metadata import Mode
+
+logger = logging.getLogger("vllm.cor")  # below vLLM's own, whose level and format it takes on
 
 # option of additional_config["cor"] → the argument that sets it
 _ARGUMENTS = {
@@ -84,8 +89,11 @@ def merge(args: argparse.Namespace) -> None:
     """Move the flags that were given into `args.additional_config["cor"]`; running it twice is harmless.
 
     Raises:
-        ConfigError: a flag without --cor-scores.
+        ConfigError: a flag without --cor-scores, or next to an additional_config["cor"] that is not a
+            dictionary.
     """
+    if getattr(args, "config", None) and multiprocessing.parent_process() is None:
+        _warn_of_config(args.config)
     given = {
         option: value
         for option, argument in _ARGUMENTS.items()
@@ -93,9 +101,19 @@ def merge(args: argparse.Namespace) -> None:
     }
     if not given:
         return
+    flag = "--" + _ARGUMENTS[next(iter(given))].replace("_", "-")
     additional = dict(args.additional_config or {})
-    options = {**additional.get("cor", {}), **given}
+    options = additional.get("cor", {})
+    if not isinstance(options, dict):
+        raise ConfigError(f'{flag}: "cor" in --additional-config must be a dictionary, got {options!r}')
+    options = {**options, **given}
     if "scores" not in options:
-        flag = "--" + _ARGUMENTS[next(iter(given))].replace("_", "-")
         raise ConfigError(f"{flag} needs --cor-scores PATH, a file from `cor-vllm calibrate`")
     args.additional_config = {**additional, "cor": options}
+
+
+@functools.cache  # vLLM asks for the same arguments several times
+def _warn_of_config(file: str) -> None:
+    # vLLM puts the file's content in place of the two arguments `--config FILE`. It does not look for
+    # `--config=FILE`, which is left over as an option that nothing reads.
+    logger.warning("CoR: vLLM ignores --config=%s and all that is in it: write --config %s", file, file)

@@ -3,9 +3,12 @@
 They live in the API server's process, the only one that vLLM exposes.
 """
 
+import os
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+from prometheus_client.multiprocess import MultiProcessCollector
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from cor_vllm.observe import COUNTERS
@@ -19,8 +22,11 @@ _HELP = {
 }
 
 
+_registered: WeakKeyDictionary[CollectorRegistry, list[Gauge | Counter]] = WeakKeyDictionary()
+
+
 class Metrics:
-    """The metrics of one server.
+    """The metrics of one server; of several in one process, the newest one's, as vLLM does with its own.
 
     Args:
         state: what the workers say at the start.
@@ -28,43 +34,67 @@ class Metrics:
     """
 
     def __init__(self, state: State, registry: CollectorRegistry = REGISTRY) -> None:
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
+        for earlier in _registered.pop(registry, []):
+            registry.unregister(earlier)
+        registered = _registered[registry] = []
+        self._gauges: dict[str, tuple[Gauge, tuple[str, ...]]] = {}
+
+        def gauge(name: str, text: str, *labels: str) -> None:
             # Of several API servers, the one that changed something last is right.
-            return Gauge(name, text, labels, registry=registry, multiprocess_mode="mostrecent")
+            made = Gauge(name, text, labels, registry=registry, multiprocess_mode="mostrecent")
+            self._gauges[name] = made, labels
+            registered.append(made)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, labels, registry=registry)
+            made = Counter(name, text, labels, registry=registry)
+            registered.append(made)
+            return made
 
         info_labels = ("mode", "weights", "scores_sha256", "fingerprint", "version")
-        self._info = gauge("cor_info", "1 for the routing that is served, 0 for one before it.", *info_labels)
-        self._lambda = gauge("cor_lambda", "Weight of the causal score, 0 where there is none.", "layer")
-        self._top_k = gauge("cor_top_k", "Experts per token.", "layer")
-        self._model_top_k = gauge("cor_model_top_k", "Experts per token of the untouched model.")
-        self._budget = gauge("cor_budget", "Experts per token, all MoE layers together.")
-        self._model_budget = gauge("cor_model_budget", "cor_budget of the untouched model.")
-        self._hooked = gauge("cor_hooked_layers", "MoE layers that a worker routes.", "worker")
+        gauge("cor_info", "1 for the routing that is served, 0 for one before it.", *info_labels)
+        gauge("cor_lambda", "Weight of the causal score, 0 where there is none.", "layer")
+        gauge("cor_top_k", "Experts per token.", "layer")
+        gauge("cor_model_top_k", "Experts per token of the untouched model.")
+        gauge("cor_budget", "Experts per token, all MoE layers together.")
+        gauge("cor_model_budget", "cor_budget of the untouched model.")
+        gauge("cor_hooked_layers", "MoE layers that a worker routes.", "worker")
         self._activations = counter("cor_expert_activations", "Tokens processed times cor_budget.")
         # Without --cor-observe nothing counts these, and a zero would be a lie.
         self._counters = [counter(f"cor_{name}", _HELP[name], "layer") for name in COUNTERS if state.observe]
         self._counted: dict[int, list[int]] = {}
-        self._shown: tuple[str, ...] | None = None
         self.publish(state)
 
     def publish(self, state: State) -> None:
-        """Set the gauges to `state`."""
-        labels = (state.mode, state.weights, state.scores_sha256, state.fingerprint, state.version)
-        if self._shown not in (None, labels):
-            self._info.labels(*self._shown).set(0)  # a series cannot be removed where servers share files
-        self._info.labels(*labels).set(1)
-        self._shown = labels
-        for layer in state.layers:
-            self._lambda.labels(layer.layer).set(layer.lambda_)
-            self._top_k.labels(layer.layer).set(layer.k)
-        self._model_top_k.set(state.model_top_k)
-        self._budget.set(state.budget)
-        self._model_budget.set(state.model_budget)
-        for number, worker in enumerate(state.workers):
-            self._hooked.labels(number).set(worker.hooked_layers)
+        """Set the gauges to `state`, and every series of theirs that it does not have to 0."""
+        info = (state.mode, state.weights, state.scores_sha256, state.fingerprint, state.version)
+        now: dict[str, dict[tuple[str, ...], float]] = {
+            "cor_info": {info: 1},
+            "cor_lambda": {(str(layer.layer),): layer.lambda_ for layer in state.layers},
+            "cor_top_k": {(str(layer.layer),): layer.k for layer in state.layers},
+            "cor_model_top_k": {(): state.model_top_k},
+            "cor_budget": {(): state.budget},
+            "cor_model_budget": {(): state.model_budget},
+            "cor_hooked_layers": {(str(n),): w.hooked_layers for n, w in enumerate(state.workers)},
+        }
+        for name, shown in self._shown().items():
+            gauge, labels = self._gauges[name]
+            # A series cannot be removed where servers share files, those of earlier servers included.
+            for series in shown | now[name].keys():
+                (gauge.labels(*series) if labels else gauge).set(now[name].get(series, 0))
+
+    def _shown(self) -> dict[str, set[tuple[str, ...]]]:
+        """The label values of every series that /metrics shows of each gauge."""
+        families = [family for gauge, _ in self._gauges.values() for family in gauge.collect()]
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # vLLM then shows what the files of all processes hold
+            families += MultiProcessCollector(CollectorRegistry()).collect()
+        shown: dict[str, set[tuple[str, ...]]] = {name: set() for name in self._gauges}
+        for family in families:
+            if family.name in shown:
+                _, labels = self._gauges[family.name]
+                shown[family.name] |= {
+                    tuple(sample.labels[label] for label in labels) for sample in family.samples
+                }
+        return shown
 
     def processed(self, tokens: int, budget: int) -> None:
         """Count tokens that went through the model."""

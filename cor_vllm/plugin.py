@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cor_vllm import compat, control, endpoint, fit, flags
-from cor_vllm.config import CorConfig, CorOptions, LayerRouting, disabled, plan
+from cor_vllm.config import CorConfig, CorOptions, LayerRouting, disabled, doubts, plan
 from cor_vllm.errors import CorError
 from cor_vllm.observe import COUNTERS
 from cor_vllm.process import config_of, layers_of
@@ -75,14 +75,13 @@ def _wrap_engine_args(off: bool) -> None:
 
     @functools.wraps(create_engine_config)
     def create_with_cor(self: Any, *args: Any, **kwargs: Any) -> "VllmConfig":
-        options = (self.additional_config or {}).get("cor")
-        if options is None:
+        if "cor" not in (self.additional_config or {}):
             return create_engine_config(self, *args, **kwargs)
         if off:
             logger.warning("CoR: COR_DISABLE is set; serving with the model's own routing")
             self.additional_config = {k: v for k, v in self.additional_config.items() if k != "cor"}
             return create_engine_config(self, *args, **kwargs)
-        config, scores = _resolve(options)
+        config, scores = _resolve(self.additional_config["cor"])
         layers = plan(config, scores)
         self.additional_config = {**self.additional_config, "cor": _dump(config)}
         engine = create_engine_config(self, *args, **kwargs)
@@ -134,8 +133,8 @@ def _log_start(config: CorConfig, scores: Scores, layers: dict[int, LayerRouting
         scores.num_layers * scores.config.model.top_k,
         config.scores,
     )
-    if scores.config.heldout and (harm := scores.config.heldout.harm(mode)):
-        logger.warning("CoR: %s", harm)
+    for line in doubts(config, scores):
+        logger.warning("CoR: %s", line)
 
 
 def _wrap_factory() -> None:

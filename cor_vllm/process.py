@@ -3,7 +3,7 @@
 import functools
 from typing import TYPE_CHECKING
 
-from cor_vllm.config import ConfigError, CorConfig, LayerRouting, plan
+from cor_vllm.config import ConfigError, CorConfig, LayerRouting, doubts, plan
 from cor_vllm.scores import Scores, ScoresError, digest, parse, read_bytes
 
 if TYPE_CHECKING:
@@ -32,6 +32,12 @@ def config_of(engine: "VllmConfig") -> CorConfig | None:
 def layers_of(config: CorConfig) -> dict[int, LayerRouting]:
     """The routing of this process by decoder layer number."""
     return plan(config, scores_of(config))
+
+
+@functools.lru_cache(maxsize=4)
+def doubts_of(config: CorConfig) -> tuple[str, ...]:
+    """What is to be said about these options with this process's scores file, one line each."""
+    return tuple(doubts(config, scores_of(config)))
 
 
 def scores_of(config: CorConfig) -> Scores:

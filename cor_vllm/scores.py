@@ -90,6 +90,8 @@ def load(path: str | os.PathLike[str]) -> Scores:
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The file's bytes, or a ScoresError where it is no readable regular file of a plausible size."""
+    if not os.fspath(path):
+        raise ScoresError("the path is empty; give that of a scores file")
     try:
         with open(path, "rb", opener=_open_without_blocking) as file:
             info = os.fstat(file.fileno())

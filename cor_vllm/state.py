@@ -88,6 +88,7 @@ class State(_Answer):
     model_top_k: int
     budget: int  # Σ k_l
     model_budget: int  # MoE layers times the model's own top_k
+    warnings: list[str]  # what is in force and hardly meant, as in the log of the start
     layers: list[Layer]
     workers: list[Worker]
 
@@ -127,6 +128,7 @@ def combine(engines: list[list[dict[str, Any]]]) -> State:
             "model_top_k": first["model_top_k"],
             "budget": sum(layer["k"] for layer in layers.values()),
             "model_budget": len(layers) * first["model_top_k"],
+            "warnings": first["warnings"],
             "layers": [layers[index] for index in sorted(layers)],
             "workers": workers,
         }

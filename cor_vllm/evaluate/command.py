@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cor_vllm.arguments import given, path
+
 TABLE = "table.md"
 
 
@@ -77,9 +79,9 @@ def add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder of a transformers checkpoint, or a hub id")
-    add("--cor-scores", metavar="FILE", type=Path, help="the scores file")
-    add("--output", required=True, type=Path, metavar="DIR", help="folder for results and table; created")
+    add("model", type=given, metavar="MODEL", help="folder of a transformers checkpoint, or a hub id")
+    add("--cor-scores", metavar="FILE", type=path, help="the scores file")
+    add("--output", required=True, type=path, metavar="DIR", help="folder for results and table; created")
     add(
         "--tasks",
         default="factual",
@@ -90,7 +92,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--data",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="folder that mirrors the hub: DIR/truthfulqa/truthful_qa and so on hold the data sets; what it "
         "lacks comes from the hub. FACTOR is on no hub: DIR/factor/news/news_factor.csv from "

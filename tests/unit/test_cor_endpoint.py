@@ -2,7 +2,11 @@
 
 import asyncio
 import json
+import os
 import random
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,7 +44,8 @@ class Cardboard:
              "lambda": 0.0 if options["mode"] in ("off", "layer") else options["lambda"], "biased": True}
             for i, k in ((1, 2), (3, 4))
         ]  # fmt: skip
-        worker = {"version": "1", "fingerprint": "f" * 64, "model_top_k": 3, "options": options}
+        worker = {"version": "1", "fingerprint": "f" * 64, "model_top_k": 3, "options": options,
+                  "warnings": [f"λ = {options['lambda']}"] if options["lambda"] > 0.2 else []}  # fmt: skip
         return [{**worker, "rank": rank, "layers": layers[rank:]} for rank in range(2)]
 
     def cor_check(self, engine: int, lambda_: float | None, mode: str | None) -> str:
@@ -230,6 +235,75 @@ def test_without_observe_there_are_no_device_counters():
     assert sample(client, "cor_hooked_layers", worker="3") == 1
     assert [sample(client, f"cor_{n}") for n in ("budget", "model_budget", "model_top_k")] == [6, 6, 3]
     assert sample(client, "cor_top_k", layer="1") == 2
+
+
+def test_what_is_hardly_meant_is_said_in_the_answer_and_the_log(caplog):
+    client = serve(Cardboard())
+    assert client.get("/v1/cor").json()["warnings"] == []
+    with caplog.at_level("WARNING", "vllm.cor"):
+        answer = client.post("/v1/cor", json={"lambda": 1000}).json()
+    assert answer["warnings"] == ["λ = 1000.0"]
+    assert [record.getMessage() for record in caplog.records] == ["CoR: λ = 1000.0"]
+
+
+def test_a_second_server_in_one_process_has_its_own_metrics():
+    """vLLM unregisters its own metrics at each start; ours must not stand in the way of the next."""
+    registry = CollectorRegistry()
+    first = Cardboard(observe=True)
+    Metrics(combine([first.cor_status(0)]), registry)
+    second = Cardboard()
+    second.fixed["sha256"] = "b" * 64
+    second.options[0]["mode"] = "off"
+    Metrics(combine([second.cor_status(0)]), registry)
+    shown = {s.labels["scores_sha256"]: s.value for m in registry.collect() if m.name == "cor_info"
+             for s in m.samples}  # fmt: skip
+    assert shown == {"b" * 64: 1}
+    assert registry.get_sample_value("cor_lambda", {"layer": "1"}) == 0
+    assert registry.get_sample_value("cor_slots_total", {"layer": "1"}) is None
+
+
+MULTIPROCESS = """
+import sys
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from cor_vllm.metrics import Metrics
+from cor_vllm.state import combine
+from tests.unit.test_cor_endpoint import Cardboard
+
+for sha256, layers in zip(sys.argv[1::2], sys.argv[2::2]):
+    cardboard = Cardboard()
+    cardboard.fixed["sha256"] = sha256
+    status = cardboard.cor_status(0)[: int(layers)]
+    status[0]["layers"] = status[0]["layers"][: int(layers)]
+    Metrics(combine([status]))
+registry = CollectorRegistry()
+MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+"""
+
+
+def test_a_folder_that_an_earlier_server_left_shows_the_routing_in_force(tmp_path):
+    """PROMETHEUS_MULTIPROC_DIR of the user's own: three servers, the first two in one process."""
+
+    def start(*arguments: str) -> dict[str, float]:
+        done = subprocess.run(
+            [sys.executable, "-c", MULTIPROCESS, *arguments],
+            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+            capture_output=True, text=True, check=True, timeout=300,
+        )  # fmt: skip
+        lines = [line for line in done.stdout.splitlines() if line.startswith("cor_")]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    def infos(shown: dict[str, float]) -> dict[str, float]:
+        return {re.search(r'sha256="(.)', n)[1]: v for n, v in shown.items() if n.startswith("cor_info")}
+
+    shown = start("a" * 64, "2", "b" * 64, "2")
+    assert infos(shown) == {"a": 0, "b": 1}
+    assert shown['cor_top_k{layer="3"}'] == 4 and shown['cor_hooked_layers{worker="1"}'] == 1
+    shown = start("c" * 64, "1")
+    assert infos(shown) == {"a": 0, "b": 0, "c": 1}
+    assert shown['cor_top_k{layer="3"}'] == 0 and shown['cor_top_k{layer="1"}'] == 2
+    assert shown['cor_hooked_layers{worker="1"}'] == 0 and shown["cor_budget"] == 2
 
 
 def test_activations_count_every_token_that_is_computed_once():
