@@ -63,8 +63,8 @@ def reliability(scores: Scores) -> str:
     needed = samples_for(RELIABLE, correlation, calibration.num_hard)
     if needed is None:
         return (
-            f"{halves}, so CEI is not reproducible; how many positions would do cannot be told, try ten times "
-            "as many"
+            f"{halves}, so CEI is not reproducible; how many positions would do cannot be told, try ten "
+            "times as many"
         )
     found = f"{halves}, so all of them have a reliability of {full_reliability(correlation):.2f}"
     if details.get("positions"):

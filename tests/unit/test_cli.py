@@ -153,6 +153,7 @@ def test_how_many_positions_would_do(result: Path, tmp_path: Path) -> None:
     assert "reliability of 0.29; 0.8 takes about 1000: --num-tokens 10000" in text
     text = reliability(change(result, tmp_path, cei_split_half=0.17, positions="p.json", **counts))
     assert text.endswith("0.8 takes about 1000: name more in --positions")
+    counts["cei_split_half_rank"] = None
     for negative in (0.0, -0.1, -0.87, -1.0):
         text = reliability(change(result, tmp_path, cei_split_half=negative, **counts))
         assert f"correlate at {negative:.2f}, so CEI is not reproducible; how many" in text

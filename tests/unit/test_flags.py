@@ -13,12 +13,13 @@ from cor_vllm.config import ConfigError
 
 @pytest.fixture(scope="module")
 def parser() -> Any:
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import cmd_init
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser(prog="vllm")
-    serve = make_arg_parser(parser.add_subparsers(dest="subparser").add_parser("serve"))
-    if not any("--cor-scores" in action.option_strings for action in serve._actions):
+    subparsers = parser.add_subparsers(dest="subparser")
+    (serve,) = (command.subparser_init(subparsers) for command in cmd_init())
+    if "--cor-scores" not in serve._option_string_actions:
         flags.add(serve)  # in a process in which the plugin is not installed
     return parser
 
@@ -98,8 +99,8 @@ def test_what_the_parser_refuses(parser: Any, arguments: list[str]) -> None:
     [
         (["--cor-lambda", "0.1"], "--cor-lambda needs --cor-scores PATH"),
         (["--cor-admin"], "--cor-admin needs --cor-scores PATH"),
-        (["--additional-config", '{"cor": "s"}', "--cor-lambda", "0.1"], '--cor-lambda: "cor" in --additional'),
-        (["--additional-config", '{"cor": null}', "--cor-scores", "s"], '--cor-scores: "cor" in --additional'),
+        (["--additional-config", '{"cor": "s"}', "--cor-lambda", "0.1"], '--cor-lambda: "cor" in --addi'),
+        (["--additional-config", '{"cor": null}', "--cor-scores", "s"], '--cor-scores: "cor" in --addi'),
     ],
 )  # fmt: skip
 def test_what_is_refused_with_one_line(parser: Any, arguments: list[str], message: str) -> None:
