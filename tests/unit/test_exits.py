@@ -15,8 +15,10 @@ from requests.exceptions import ConnectionError as NoConnection
 
 from cor_vllm import cli, exits
 from cor_vllm import scores as scores_file
+from cor_vllm.compat import UnsupportedVersion
 from cor_vllm.errors import CorError
 from cor_vllm.scores import Scores, ScoresError
+from cor_vllm.verify import VerifyError
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
@@ -85,6 +87,16 @@ def test_a_terminal_without_greek(file: Path) -> None:
         assert (done.returncode, done.stderr) == (0, b"") and b"mode full, \\u03bb" in done.stdout
 
 
+def test_files_are_utf_8_whatever_the_terminal_is(tmp_path: Path) -> None:
+    source = (
+        "import pathlib, sys; from cor_vllm import exits; from cor_vllm.evaluate.command import _finish\n"
+        "sys.exit(exits.run(lambda: _finish(pathlib.Path('.'), '\\u03bb')))"
+    )
+    done = start(["-c", source], ASCII, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\\u03bb\n", b"")
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == "λ"
+
+
 def test_a_path_that_is_not_utf_8() -> None:
     source = "from cor_vllm import exits; print(exits.run(lambda: print('wrote \\udcff') or 0))"
     assert start(["-c", source]).stdout == b"wrote \\udcff\n0\n"
@@ -110,6 +122,66 @@ def test_a_special_file_is_never_replaced(
     assert cli.main(["calibrate", str(tmp_path), "--output", str(tmp_path / "pipe")]) == 1
     assert "pipe: is not a regular file" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and not (tmp_path / "pipe").is_file()
+
+
+@pytest.mark.parametrize(
+    ("problems", "error", "code"),
+    [
+        ([], None, 0),
+        (["layer 3: other experts"], None, 3),
+        (["layer 3: other experts"], UnicodeEncodeError("ascii", "λ", 0, 1, "no λ"), 1),
+        (["layer 3: other experts"], OSError(28, "No space left on device"), 1),
+        ([], VerifyError("the engine did not start"), 1),
+        ([], UnsupportedVersion("vllm is not installed"), 1),
+    ],
+)
+def test_only_a_comparison_that_failed_means_misrouted(
+    problems: list[str],
+    error: Exception | None,
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def inspect(llm: object) -> dict[str, object]:
+        if error:
+            raise error
+        return {"problems": problems}
+
+    monkeypatch.setattr("cor_vllm.verify._load", lambda *args: None)
+    monkeypatch.setattr("cor_vllm.verify.inspect", inspect)
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # verify sets both, and this is no process
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    assert cli.main(["verify", "m", "--cor-scores", "s", "--json"]) == code
+    assert capsys.readouterr().err.count("\n") == (1 if error else 0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["show", ""],
+        ["plot", "", "--output", "figures"],
+        ["plot", "s", "--output", ""],
+        ["calibrate", "", "--output", "s"],
+        ["calibrate", "m", "--output", ""],
+        ["calibrate", "m", "--output", "s", "--corpus", ""],
+        ["calibrate", "m", "--output", "s", "--token-ids", ""],
+        ["verify", "m", "--cor-scores", ""],
+        ["evaluate", "m", "--output", "o", "--cor-scores", ""],
+        ["evaluate", "m", "--output", ""],
+        ["evaluate", "m", "--output", "o", "--data", ""],
+        ["tune", "", "--output", "o", "--cor-scores", "s"],
+    ],
+)
+def test_an_empty_argument_is_refused_by_name(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is what a shell makes of an unset variable, and Python of an empty path the working directory."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    before = arguments[arguments.index("") - 1]
+    name = before if before.startswith("--") else {"show": "FILE", "plot": "FILE"}.get(before, "MODEL")
+    assert f"argument {name}: is empty" in capsys.readouterr().err
 
 
 class Model(BaseModel):
