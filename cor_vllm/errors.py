@@ -32,6 +32,16 @@ def invalid(error: "ValidationError") -> Invalid:
     )
 
 
+def cause(error: BaseException) -> str:
+    """What an error of any library says, as one line: pydantic's first finding, else the last line."""
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        where, message, value = invalid(error)
+        return f"{'.'.join(where)}: {message}, got {value}" if where else f"{error.title}: {message}"
+    return one_line((str(error).strip().splitlines() or [type(error).__name__])[-1], limit=1000)
+
+
 def one_line(text: object, limit: int = 120) -> str:
     """`text` without line breaks and control characters, cut at `limit` characters."""
     line = " ".join(str(text).split())

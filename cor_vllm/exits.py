@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NoReturn
 
-from cor_vllm.errors import CorError, invalid, one_line
+from cor_vllm.errors import CorError, cause, one_line
 
 FAILED = 1
 MISROUTED = 3  # `verify` alone: it compared, and a layer was not routed as the file says; usage errors are 2
@@ -120,8 +120,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CorError):
         return one_line(error, limit=2000)
     if isinstance(error, ValidationError):
-        where, message, value = invalid(error)
-        return f"{'.'.join(where) or error.title}: {message}, got {value}"
+        return cause(error)
     if _out_of_memory(error):
         return f"out of memory ({one_line(error) or type(error).__name__}); free some, or ask for less"
     if isinstance(error, ModuleNotFoundError) and error.name:

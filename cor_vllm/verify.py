@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cor_vllm import compat, exits
-from cor_vllm.errors import CorError
+from cor_vllm.errors import CorError, cause
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 24, 2
 SMALL = ("--max-model-len", "256", "--kv-cache-memory-bytes", str(512 * 2**20))  # a probe needs no more
@@ -61,7 +61,7 @@ def _load(model: str, scores: str, flags: list[str]) -> Any:
     try:
         return LLM.from_engine_args(EngineArgs.from_cli_args(args))
     except (ValueError, RuntimeError, OSError) as error:
-        raise VerifyError(str(error).strip().splitlines()[-1]) from error
+        raise VerifyError(cause(error)) from error
 
 
 def inspect(llm: Any) -> dict[str, Any]:

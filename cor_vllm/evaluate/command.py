@@ -164,7 +164,7 @@ def run_tune(args: argparse.Namespace) -> int:
 
 
 def _finish(folder: Path, text: str) -> int:
-    (folder / TABLE).write_text(text, encoding="utf-8")
+    (folder / TABLE).write_text(text)
     print(text)
     return 0
 

@@ -55,14 +55,14 @@ def save(folder: Path, run: Run) -> None:
     """Write a run atomically."""
     path = path_of(folder, run.condition)
     partial = path.with_suffix(".partial")
-    partial.write_text(run.model_dump_json(indent=1), encoding="utf-8")
+    partial.write_text(run.model_dump_json(indent=1))
     os.replace(partial, path)
 
 
 def load(path: Path) -> Run:
     """Read a run; EvaluationError where the file is not one."""
     try:
-        return Run.model_validate_json(path.read_text(encoding="utf-8"))
+        return Run.model_validate_json(path.read_text())
     except (ValidationError, OSError, UnicodeDecodeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EvaluationError(f"{path}: not a result of this version ({reason}); delete it") from None

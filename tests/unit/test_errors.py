@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError, model_validator
 
-from cor_vllm.errors import CorError, invalid, one_line
+from cor_vllm.errors import CorError, cause, invalid, one_line
 
 ROOT = Path(__file__).parents[2]
 FILES = [*(ROOT / "cor_vllm").glob("*.py"), *(ROOT / "cor_vllm" / "evaluate").glob("*.py"),
@@ -64,6 +64,17 @@ def test_a_validation_error_becomes_its_first_finding(values, expected):
     where, message, value = expected
     assert found.where == where and message in found.message and value in found.value
     assert "\n" not in found.message + found.value and len(found.value) < 200
+
+
+def test_the_cause_that_a_library_names():
+    """pydantic's own last line is an address, vLLM's and torch's is the cause."""
+    for values, expected in (({"inner": [{"number": "x"}]}, "inner.0.number: Input should be a valid integer"),
+                             ({"inner": [{"number": 1}] * 3}, "Outer: three is refused")):  # fmt: skip
+        with pytest.raises(ValidationError) as caught:
+            Outer.model_validate(values)
+        assert cause(caught.value).startswith(expected) and "http" not in cause(caught.value)
+    assert cause(RuntimeError("the engine failed\nno memory\n")) == "no memory"
+    assert cause(RuntimeError()) == "RuntimeError"
 
 
 def test_one_line_takes_breaks_control_characters_and_length_away():

@@ -87,16 +87,6 @@ def test_a_terminal_without_greek(file: Path) -> None:
         assert (done.returncode, done.stderr) == (0, b"") and b"mode full, \\u03bb" in done.stdout
 
 
-def test_files_are_utf_8_whatever_the_terminal_is(tmp_path: Path) -> None:
-    source = (
-        "import pathlib, sys; from cor_vllm import exits; from cor_vllm.evaluate.command import _finish\n"
-        "sys.exit(exits.run(lambda: _finish(pathlib.Path('.'), '\\u03bb')))"
-    )
-    done = start(["-c", source], ASCII, cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"\\u03bb\n", b"")
-    assert (tmp_path / "table.md").read_text(encoding="utf-8") == "λ"
-
-
 def test_a_path_that_is_not_utf_8() -> None:
     source = "from cor_vllm import exits; print(exits.run(lambda: print('wrote \\udcff') or 0))"
     assert start(["-c", source]).stdout == b"wrote \\udcff\n0\n"
