@@ -80,7 +80,10 @@ def test_a_change_gives_what_a_fresh_engine_gives(model, file):
     changed, changed_blocks = ask(llm), cached_blocks(llm)
     assert changed != first
     assert changed_blocks.isdisjoint(blocks)
-    assert [layer["lambda"] for layer in core.cor_status()[0]["layers"]] == [5.0] * 3
+    (status,) = core.cor_status()
+    assert [layer["lambda"] for layer in status["layers"]] == [5.0] * 3
+    (warning,) = status["warnings"]
+    assert warning.startswith("λ = 5 is beyond the stable range, 0.05 to 0.2: in 3 of 3 layers")
     assert core.cor_change(None, "off") == ""
     off = ask(llm)
     assert core.cor_change(None, "expert") == ""  # λ is remembered
