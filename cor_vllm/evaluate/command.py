@@ -87,8 +87,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         default="factual",
         metavar="LIST",
         help="comma-separated: factual (truthfulqa_mc1, truthfulqa_mc2, truthfulqa_gen, factor_news, "
-        "factor_wiki, triviaqa), general (gsm8k, mmlu, arc_challenge, arc_easy), paper (both), names of "
-        "these, or the path of a harness task's YAML (default: factual)",
+        "factor_wiki, triviaqa), general (arc_challenge, arc_easy, mmlu, gsm8k), mmlu (mmlu_humanities, "
+        "mmlu_social_sciences, mmlu_stem, mmlu_other), paper (factual and general), names of these, or the "
+        "path of a harness task's YAML (default: factual)",
     )
     add(
         "--data",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cor_vllm.evaluate.benchmarks import BENCHMARKS, load_task
+from cor_vllm.evaluate.benchmarks import BENCHMARKS, TASK_FILES, load_task, task_manager
 
 FOLDER = Path(__file__).parents[2] / "examples" / "smollm2"
 
@@ -39,6 +39,23 @@ def test_folders_of_one_name_are_two_data_sets(mirror, tmp_path):
     for name in ("one", "other"):
         (task,) = load_task(BENCHMARKS["truthfulqa_mc1"], tmp_path / name).values()
         assert [doc["question"] for doc in task.eval_docs] == [name]
+
+
+def test_every_benchmark_is_a_task_of_the_harness_or_of_this_package():
+    assert set(BENCHMARKS) <= set(task_manager(TASK_FILES).all_tasks)
+
+
+def test_all_subjects_of_a_group_are_read_from_a_local_folder(mirror, tmp_path):
+    members = task_manager(TASK_FILES).task_index["mmlu_humanities_tasks"].tags
+    subjects = {member.removeprefix("mmlu_") for member in members}
+    assert len(subjects) == 13
+    row = {"question": "Which?", "choices": list("abcd"), "answer": 1}
+    parts = {name: {split: [{**row, "subject": name}] for split in ("test", "dev")} for name in subjects}
+    mirror.write(tmp_path / "cais/mmlu", parts)
+    tasks = load_task(BENCHMARKS["mmlu_humanities"], tmp_path)
+    assert {name: task.eval_docs[0]["subject"] for name, task in tasks.items()} == {
+        f"mmlu_{subject}": subject for subject in subjects
+    }
 
 
 def test_truthfulqa_puts_the_right_answers_first(mirror, tmp_path):
