@@ -9,6 +9,7 @@ from cor_vllm.calibrate.config import CalibrationError
 from cor_vllm.calibrate.families import check_family
 from cor_vllm.calibrate.moe_model import MoeModel
 from cor_vllm.calibrate.offload import Room, align, free_bytes, placement, weight_bytes
+from cor_vllm.checkpoint import FingerprintError, weight_names
 
 NO_ROOM = Room()
 
@@ -20,14 +21,15 @@ def model_folder(name: str) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    def download(*patterns: str) -> Path:
+        # GPT-OSS keeps second copies of its weights in folders.
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+
     try:
-        folder = Path(
-            snapshot_download(
-                name,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
-                ignore_patterns=["*/*"],  # GPT-OSS keeps second copies of its weights in folders
-            )
-        )
+        folder = download("*.json", "*.model", "*.txt", "*.jinja")
+        download(*weight_names(folder))
+    except FingerprintError as error:
+        raise CalibrationError(str(error)) from None
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CalibrationError(f"{name}: neither a folder nor a model that the hub gives: {reason}") from None

@@ -57,6 +57,7 @@ def calibrate(options: CalibrationOptions, console: Console) -> Scores:
     folder, revision = model_folder(options.model)
     config = read_config(folder)
     _check_config(options, config)
+    routers = read_routers(folder)
     info = ModelInfo(
         name=options.model if revision else folder.resolve().name,
         revision=revision,
@@ -64,7 +65,8 @@ def calibrate(options: CalibrationOptions, console: Console) -> Scores:
         num_experts=num_experts(config),
         top_k=config.num_experts_per_tok,
         num_hidden_layers=config.num_hidden_layers,
-        fingerprint=read_routers(folder).fingerprint,
+        fingerprint=routers.fingerprint,
+        routers=list(routers.info),
     )
     inputs = read_inputs(options, folder, config.vocab_size)
     console.print(f"loading {info.name} ({info.architecture})", highlight=False)

@@ -1,71 +1,77 @@
-"""What ties a scores file to a model: a hash of the routers, which quantised or re-sharded copies keep."""
+"""What ties a scores file to a model: its routers, which quantised or re-sharded copies keep."""
 
 import dataclasses
 import hashlib
 import json
-import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from cor_vllm.errors import CorError
-
-# Router tensors by their names in the published checkpoints: Qwen, OLMoE, DeepSeek, GLM (mlp.gate), Mixtral
-# (block_sparse_moe.gate), GPT-OSS (mlp.router). A dense layer's mlp.gate_proj does not match.
-_TENSORS = ("weight", "bias", "e_score_correction_bias")  # in the order in which a layer's are hashed
-_ROUTER = re.compile(
-    rf"(?:^|\.)layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|router)\.({'|'.join(_TENSORS)})$"
-)
-
-
-class FingerprintError(CorError):
-    """A checkpoint without routers to hash: one line with the cause and the remedy."""
+from cor_vllm.checkpoint import INDEX, SINGLE, indexed_files, router_layers, transformers_files
+from cor_vllm.checkpoint import FingerprintError as FingerprintError  # for those who read routers
+from cor_vllm.copies import describe
+from cor_vllm.metadata import RouterInfo
 
 
 @dataclasses.dataclass(frozen=True)
 class Routers:
-    """The routers of a checkpoint: the decoder layers that have one, and the hash over all of them."""
+    """The routers of a checkpoint: the decoder layers that have one, and what they are known by."""
 
     layers: tuple[int, ...]
-    fingerprint: str  # SHA-256, 64 hexadecimal digits
+    fingerprint: str  # SHA-256 over the bytes as stored, 64 hexadecimal digits
+    info: tuple[RouterInfo, ...] = dataclasses.field(default=(), compare=False)  # by layer
 
 
 def read_routers(folder: Path) -> Routers:
-    """Find and hash the router weights of all MoE layers, as stored in the checkpoint, in layer order.
-
-    Correction biases, which decide the choice of experts too, are hashed with them. Layers beyond the model's
-    own, which predict further tokens (DeepSeek-V3, GLM-4-MoE), are left out.
+    """The routers that transformers loads from a folder, which are those that a calibration measures.
 
     Args:
-        folder: a local model folder with config.json and one or more `*.safetensors` files.
+        folder: a local model folder with config.json and `model.safetensors`, or the files of an index.
 
     Raises:
-        FingerprintError: no readable config.json or safetensors file, or no router tensor in any of them.
-
-    Source: contract.md, "fingerprint".
+        FingerprintError: no readable config.json, index or safetensors file, no router in any of them, or
+            quantised ones; or `model.safetensors`, which transformers loads, has other routers than the files
+            of the index, which vLLM loads.
     """
-    routers: dict[tuple[int, int], tuple[Path, str]] = {}
     num_hidden_layers = _num_hidden_layers(folder / "config.json")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    files = transformers_files(folder)
+    found = routers_of(files, num_hidden_layers)
+    if (folder / INDEX).is_file() and files == [folder / SINGLE]:
+        indexed = indexed_files(folder)
+        if indexed != files and routers_of(indexed, num_hidden_layers) != found:
+            raise FingerprintError(
+                f"{folder}: {SINGLE}, which transformers loads, has other routers than the files of {INDEX}, "
+                "which vLLM loads; remove what does not belong to the model"
+            )
+    return found
+
+
+def routers_of(files: Sequence[Path], num_hidden_layers: int) -> Routers:
+    """Hash the routers of all MoE layers in these files, in layer order, with their biases.
+
+    Args:
+        files: one or more safetensors files of one folder, in the order in which they are loaded; of a tensor
+            in two the last one counts.
+        num_hidden_layers: decoder layers of the model; further ones, which predict further tokens, do not
+            count.
+
+    Raises:
+        FingerprintError: a file is not readable, or there is no router, or a quantised one.
+
+    Source: `docs/scores-file.md`, "What ties a file to a model".
+    """
+    total, info = hashlib.sha256(), []
+    for router in router_layers(files, num_hidden_layers):
+        for tensor in router.tensors.values():
+            total.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+            total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        info.append(describe(router))
+    if not info:
         raise FingerprintError(
-            f"{folder}: no *.safetensors file; a scores file can only be matched to a safetensors checkpoint"
+            f"{files[0].parent}: no router weights found; is this a mixture-of-experts model?"
         )
-    for file in files:
-        try:
-            with safe_open(file, "pt") as checkpoint:
-                names = list(checkpoint.keys())
-        except (SafetensorError, OSError) as error:
-            raise FingerprintError(f"{file}: not a readable safetensors file ({error})") from None
-        for name in names:
-            match = _ROUTER.search(name)
-            if match and int(match[1]) < num_hidden_layers:
-                routers[int(match[1]), _TENSORS.index(match[2])] = (file, name)
-    if not routers:
-        raise FingerprintError(f"{folder}: no router weights found; is this a mixture-of-experts model?")
-    layers = tuple(sorted({layer for layer, _ in routers}))
-    return Routers(layers, _hash([routers[key] for key in sorted(routers)]))
+    return Routers(tuple(router.layer for router in info), total.hexdigest(), tuple(info))
 
 
 def _num_hidden_layers(file: Path) -> int:
@@ -77,13 +83,3 @@ def _num_hidden_layers(file: Path) -> int:
             f"{file}: says no num_hidden_layers ({type(error).__name__}: {error}); download the model again"
         ) from None
     return found
-
-
-def _hash(routers: list[tuple[Path, str]]) -> str:
-    total = hashlib.sha256()
-    for file, name in routers:
-        with safe_open(file, "pt") as checkpoint:
-            tensor = checkpoint.get_tensor(name)
-        total.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
-        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return total.hexdigest()

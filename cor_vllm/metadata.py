@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Sketch = Annotated[list[float], Field(min_length=64, max_length=64)]
 HARM_ERRORS = 2  # standard errors beyond which a file's own check says that it hurts
 Mode = Literal["full", "layer", "expert", "random", "off"]
 
@@ -14,8 +15,24 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, validate_by_name=True)
 
 
+class TensorInfo(_Section):
+    """A router's tensor: how it is stored, and SHA-256 of its values and of those after each usual cast."""
+
+    dtype: str
+    sha256: list[Sha256] = Field(min_length=1)
+
+
+class RouterInfo(_Section):
+    """What a copy of a router is known by (copies.py); sketches are random projections to 64 numbers."""
+
+    layer: int = Field(ge=0)
+    tensors: dict[str, TensorInfo]
+    sketch: Sketch  # of the weight
+    input_sketch: Sketch | None = None  # of the weight times that of the norm before the router
+
+
 class ModelInfo(_Section):
-    """The model that the scores belong to; the server compares every field but the name."""
+    """The model that the scores belong to; the server compares every field but name and revision."""
 
     name: str
     revision: str | None = None
@@ -23,7 +40,8 @@ class ModelInfo(_Section):
     num_experts: int = Field(ge=1, le=65536)
     top_k: int = Field(ge=1, le=65536)
     num_hidden_layers: int = Field(ge=1, le=65536)
-    fingerprint: Sha256
+    fingerprint: Sha256  # of the routers' bytes
+    routers: list[RouterInfo] | None = None  # by layer; files of the first version have none
 
 
 class CalibrationInfo(_Section):

@@ -9,6 +9,7 @@ import torch
 
 from cor_vllm.config import CorConfig
 from cor_vllm.judge import as_rows, first_problem, judge
+from cor_vllm.loaded import check_loaded
 from cor_vllm.plugin import RoutingError, finish
 from cor_vllm.process import config_of, layers_of, scores_of
 
@@ -60,6 +61,7 @@ def _checked_start(worker: Any, determine_available_memory: Any) -> Any:
     from cor_vllm import probe
 
     model = worker.get_model()
+    check_loaded(model, worker.vllm_config)
     records: list[Any] = []
     with contextlib.ExitStack() as stack:
         if _runs_in_python(worker.vllm_config):

@@ -33,6 +33,7 @@ def config_of(folder: Path, k: list[int], **model: Any) -> dict[str, Any]:
             "top_k": hf["num_experts_per_tok"],
             "num_hidden_layers": hf["num_hidden_layers"],
             "fingerprint": routers(folder).fingerprint,
+            "routers": [info.model_dump() for info in routers(folder).info] or None,
             **model,
         },
         "calibration": {

@@ -14,6 +14,7 @@ VLLM_SIDE = {
     "plugin.py",
     "router.py",
     "fit.py",
+    "loaded.py",
     "worker.py",
     "probe.py",
     "verify.py",
