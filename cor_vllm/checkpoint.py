@@ -85,9 +85,12 @@ def weight_names(folder: Path) -> list[str]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         names = sorted(set(weight_map.values()))
+        if not names:
+            raise ValueError("it is empty")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FingerprintError(
-            f"{index}: says no weight_map ({type(error).__name__}: {error}); download the model again"
+            f"{index}: has no weight_map that could be used ({type(error).__name__}: {error}); download the "
+            "model again"
         ) from None
     for name in names:
         if not isinstance(name, str) or not name or re.search(r"[/\\\0]", name) or name in (".", ".."):
