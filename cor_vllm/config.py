@@ -195,7 +195,8 @@ def plan(config: CorConfig, scores: Scores) -> dict[int, LayerRouting]:
             lambda_ = lambdas[row]
             bias = _bias(scores.cei[row], lambda_, config.weights)
         if config.admin and bias is None:
-            bias = torch.zeros(model.num_experts)
+            # vLLM builds models under their own default dtype; the routing step adds float32.
+            bias = torch.zeros(model.num_experts, dtype=torch.float32)
         is_random = config.static_k is None and mode == "random"
         layers[layer_index] = LayerRouting(layer_index, top_k, bias, is_random, lambda_)
     return layers

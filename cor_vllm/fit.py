@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cor_vllm import cpu
 from cor_vllm.config import CorConfig
 from cor_vllm.copies import Difference, compare
 from cor_vllm.errors import CorError
@@ -58,6 +59,8 @@ def _check_engine(engine: "VllmConfig") -> None:
         raise MisfitError(
             "all2all backend 'flashinfer_nvlink_one_sided' needs one top_k for all layers: choose another"
         )
+    if reason := cpu.refusal(engine):
+        raise MisfitError(reason)
 
 
 def _check_model(path: str, scores: Scores, model: "ModelConfig") -> None:

@@ -9,6 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from cor_vllm.config import CorConfig, plan
 from cor_vllm.scores import Scores
@@ -57,6 +58,9 @@ def judge(
 def _judge_layer(record: "LayerRecord", config: CorConfig, scores: Scores, worker: int) -> LayerVerdict:
     layer = plan(config, scores).get(record.layer_index)
     problems = []
+    logits = _real_logits(record)
+    if logits is not None and (fault := fault_of(logits, record.different_tokens)):
+        problems.append(fault)
     if layer is None:
         problems.append("a MoE layer that the scores file does not have")
     if record.router != "CorRouter":
@@ -72,7 +76,7 @@ def _judge_layer(record: "LayerRecord", config: CorConfig, scores: Scores, worke
         problems.append(f"k is {record.top_k}, the file says {expected_k}")
     shares = {"as_expected": 0.0, "weights_error": float("inf"), "changed": 0.0, "lambda_0": 0.0}
     tokens = 0
-    if layer and record.router_logits is not None and record.topk_ids is not None:
+    if layer and logits is not None and logits.isfinite().all() and record.topk_ids is not None:
         tokens = len(record.topk_ids)
         shares, found = _compare(record, config, scores, expected_k)
         problems += found
@@ -81,6 +85,35 @@ def _judge_layer(record: "LayerRecord", config: CorConfig, scores: Scores, worke
         modular=record.modular, router=record.router, k=record.top_k, expected_k=expected_k, tokens=tokens,
         problems=tuple(problems), **shares,
     )  # fmt: skip
+
+
+def _real_logits(record: "LayerRecord") -> torch.Tensor | None:
+    """The logits without the rows that fill up a CUDA graph, which have no experts."""
+    logits, ids = record.router_logits, record.topk_ids
+    return logits if logits is None or ids is None else logits[ids[:, 0] >= 0]
+
+
+def fault_of(router_logits: torch.Tensor, different_tokens: bool) -> str | None:
+    """What is wrong with a router, whatever is made of its logits; None if nothing is.
+
+    Args:
+        router_logits: [T, N], in the dtype that the model computes them in.
+        different_tokens: the rows are of different tokens. A run with dummy tokens, which are all the same,
+            says nothing about a router.
+    """
+    logits = router_logits.double().numpy()
+    if not np.isfinite(logits).all():
+        return "its router's logits are not finite"
+    if not different_tokens or len(logits) < 2 or logits.shape[1] < 2:
+        return None
+    # Sums in another order may differ in the last place.
+    rounding = torch.finfo(router_logits.dtype).eps * np.abs(logits).max()
+    what = "its router's logits {}, so it chooses nothing: its weights were not loaded, or are all the same"
+    if np.ptp(logits, axis=1).max() <= rounding:
+        return what.format("are the same for all experts")
+    if np.ptp(logits, axis=0).max() <= rounding:
+        return what.format(f"are the same for all of {len(logits)} tokens")
+    return None
 
 
 def _compare(
@@ -92,20 +125,23 @@ def _compare(
     wanted = _wanted_scores(record, config, scores, own)
     ids, weights = record.topk_ids.long().numpy(), record.topk_weights.double().numpy()
     real = ids[:, 0] >= 0  # rows that fill up a CUDA graph have no experts
-    ok = _selects(ids, wanted, record, k)[real]
+    ok = _selects(ids, wanted, record, k, rounded=record.decided_by_vllm)[real]
     problems = []
     if not ok.all():
         problems.append(f"{(~ok).sum()} of {ok.size} tokens have other experts than the file says")
     fused = config.weights == "fused"
-    error = _weights_error(ids, weights, wanted if fused else probs, record, fused or record.renormalize)
+    if record.decided_by_vllm and record.stock_ids is not None and record.stock_weights is not None:
+        # vLLM computed these, and may have rounded them; what it computes is compared below.
+        error = _difference(ids, weights, record.stock_ids, record.stock_weights, probs.shape[1])
+    else:
+        error = _weights_error(ids, weights, wanted if fused else probs, record, fused or record.renormalize)
     worst = float(error[real].max(initial=0.0))
     if not worst <= WEIGHT_ERROR:
         problems.append(f"weights differ from the expected ones by up to {worst:.2g}")
     lambda_0 = _like_vllm(record, probs, own, k)
     if not lambda_0.all():
         problems.append(f"with λ = 0 it routes otherwise than vLLM for {(~lambda_0).sum()} tokens")
-    mine = _top(_with_groups(own, record), k)
-    changed = (ids[:, :, None] != mine[:, None, :]).all(axis=2)[real]
+    changed = ~_among_best(ids, own, record, k, rounded=True)[real]
     shares = {
         "as_expected": float(ok.mean()) if ok.size else 0.0,
         "weights_error": worst,
@@ -118,13 +154,19 @@ def _compare(
 def _like_vllm(record: "LayerRecord", probs: np.ndarray, own: np.ndarray, k: int) -> np.ndarray:
     """[T] bool: with λ = 0 our step selects, and our formula weighs, as vLLM's own router does.
 
-    This is what holds our reading of the model (scoring, groups, renormalisation, scale) against vLLM's.
+    This is what holds our reading of the model (scoring, groups, renormalisation, scale) against vLLM's. Its
+    weights are those that it computes in float32, so that no rounding of another dtype has to be tolerated.
     """
-    if record.stock_ids is None or record.stock_weights is None or record.unbiased_ids is None:
+    if record.stock_ids is None or record.exact_ids is None or record.exact_weights is None:
         return np.ones(len(probs), dtype=bool)  # not our router, which is a problem of its own
-    stock, weights = record.stock_ids.long().numpy(), record.stock_weights.double().numpy()
-    same = _selects(stock, own, record, k) & _selects(record.unbiased_ids.long().numpy(), own, record, k)
-    return same & (_weights_error(stock, weights, probs, record, record.renormalize) <= WEIGHT_ERROR)
+    assert record.unbiased_ids is not None, "recorded together"
+    exact, weights = record.exact_ids.long().numpy(), record.exact_weights.double().numpy()
+    return (
+        _selects(record.stock_ids.long().numpy(), own, record, k, rounded=True)
+        & _selects(exact, own, record, k)
+        & _selects(record.unbiased_ids.long().numpy(), own, record, k)
+        & (_weights_error(exact, weights, probs, record, record.renormalize) <= WEIGHT_ERROR)
+    )
 
 
 def _probabilities(record: "LayerRecord") -> np.ndarray:
@@ -171,16 +213,32 @@ def _top(scores: np.ndarray, k: int) -> np.ndarray:
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
 
-def _selects(ids: np.ndarray, scores: np.ndarray, record: "LayerRecord", k: int) -> np.ndarray:
-    """[T] bool: are these the k best experts, each once? Scores that are as good as tied may swap."""
+def _selects(
+    ids: np.ndarray, scores: np.ndarray, record: "LayerRecord", k: int, rounded: bool = False
+) -> np.ndarray:
+    """[T] bool: are these the k best experts, each once? `rounded` as in _among_best."""
     if ids.shape[1] != k:
         return np.zeros(len(ids), dtype=bool)
-    safe = np.clip(ids, 0, scores.shape[1] - 1)
     distinct = np.array([len(set(row)) == k for row in ids.tolist()])
+    valid = (ids >= 0) & (ids < scores.shape[1])
+    return distinct & (valid & _among_best(ids, scores, record, k, rounded)).all(axis=1)
+
+
+def _among_best(
+    ids: np.ndarray, scores: np.ndarray, record: "LayerRecord", k: int, rounded: bool
+) -> np.ndarray:
+    """[T, len of a row of ids] bool: is this expert one of the k best? Scores as good as tied may swap.
+
+    With `rounded` the scores are compared as vLLM may see them, in the dtype of the logits: two probabilities
+    that are one number there are tied.
+    """
     allowed = _with_groups(scores, record)
+    if rounded:
+        assert record.router_logits is not None, "checked by the caller"
+        allowed = torch.from_numpy(allowed).to(record.router_logits.dtype).double().numpy()
     lowest = np.take_along_axis(allowed, _top(allowed, k)[:, -1:], axis=1)
-    chosen = np.take_along_axis(allowed, safe, axis=1)
-    return distinct & (ids == safe).all(axis=1) & (chosen >= lowest - SCORE_GAP).all(axis=1)
+    chosen = np.take_along_axis(allowed, np.clip(ids, 0, scores.shape[1] - 1), axis=1)
+    return chosen >= lowest - SCORE_GAP
 
 
 def _weights_error(
@@ -191,6 +249,17 @@ def _weights_error(
     if renormalize:
         expected = expected / expected.sum(axis=1, keepdims=True)
     return np.abs(weights - expected * record.scale).max(axis=1)
+
+
+def _difference(
+    ids: np.ndarray, weights: np.ndarray, ids_2: torch.Tensor, weights_2: torch.Tensor, experts: int
+) -> np.ndarray:
+    """[T] largest difference between two sets of weighed experts, in whatever order."""
+    by_expert = np.zeros((2, len(ids), experts))
+    others = ids_2.long().numpy(), weights_2.double().numpy()
+    for row, (chosen, of_them) in zip(by_expert, ((ids, weights), others), strict=True):
+        np.put_along_axis(row, np.clip(chosen, 0, experts - 1), of_them, axis=1)
+    return np.abs(by_expert[0] - by_expert[1]).max(axis=1)
 
 
 def first_problem(verdicts: list[LayerVerdict]) -> str | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cor_vllm import compat, control, endpoint, fit, flags
+from cor_vllm import compat, control, cpu, endpoint, fit, flags
 from cor_vllm.config import CorConfig, CorOptions, LayerRouting, disabled, doubts, plan
 from cor_vllm.errors import CorError
 from cor_vllm.observe import COUNTERS
@@ -90,6 +90,8 @@ def _wrap_engine_args(off: bool) -> None:
         # Of several API servers, each of which comes here, the process that starts them speaks for all.
         if self._api_process_count == 1 or self._api_process_rank < 0:
             _log_start(config, scores, layers)
+            for line in cpu.warnings(engine):
+                logger.warning("CoR: %s", line)
         return engine
 
     EngineArgs.add_cli_args = staticmethod(add_with_cor)

@@ -21,7 +21,7 @@ class LayerRecord:
     """One MoE layer of one worker: what it is built of, and what went through it.
 
     `router_logits` is what the router was given, `topk_ids` and `topk_weights` what the expert kernel was
-    given, for the first ROWS tokens; None where that was never called.
+    given, for the first ROWS tokens; None if that was never called.
     """
 
     name: str
@@ -35,12 +35,16 @@ class LayerRecord:
     scale: float = 1.0
     num_expert_group: int = 1
     topk_group: int = 1
+    decided_by_vllm: bool = False  # the score is the model's own, so vLLM's router selects and weighs
+    different_tokens: bool = False  # the rows are of different tokens, as no run with dummy tokens has them
     correction_bias: torch.Tensor | None = None  # [N] float32
-    router_logits: torch.Tensor | None = None  # [T, N]
+    router_logits: torch.Tensor | None = None  # [T, N], in the dtype that the model computes them in
     topk_ids: torch.Tensor | None = None  # [T, top_k]
     topk_weights: torch.Tensor | None = None  # [T, top_k] float32
     stock_ids: torch.Tensor | None = None  # [T, top_k] what vLLM's own router makes of the same logits
     stock_weights: torch.Tensor | None = None  # [T, top_k] float32, likewise
+    exact_ids: torch.Tensor | None = None  # [T, top_k] what it makes of them when they come in float32
+    exact_weights: torch.Tensor | None = None  # [T, top_k] float32, likewise
     unbiased_ids: torch.Tensor | None = None  # [T, top_k] what our routing step makes of them with λ = 0
 
 
@@ -74,17 +78,24 @@ def describe(name: str, runner: MoERunner) -> LayerRecord:
         record.num_expert_group = router.groups["num_expert_group"]
         record.topk_group = router.groups["topk_group"]
         record.correction_bias = _host(router.correction_bias)
+        record.decided_by_vllm = router.decided_by_vllm
     return record
 
 
 @contextlib.contextmanager
-def recording(model: torch.nn.Module) -> Iterator[list[LayerRecord]]:
+def recording(model: torch.nn.Module, different_tokens: bool) -> Iterator[list[LayerRecord]]:
     """Record what passes through the MoE layers in the first forward of the with-block.
 
     The layers must run in Python: not inside a CUDA graph replay or a graph compiled for the CPU.
+
+    Args:
+        model: of one worker.
+        different_tokens: the forward will be of different tokens, so that the logits have to differ, too.
     """
     layers = moe_layers(model)
     records = [describe(name, runner) for name, runner in layers.items()]
+    for record in records:
+        record.different_tokens = different_tokens
     with contextlib.ExitStack() as stack:
         for record, runner in zip(records, layers.values(), strict=True):
             stack.enter_context(_replaced(runner.router, "select_experts", _listen_to_router(record)))
@@ -108,13 +119,42 @@ def ask_routers(model: torch.nn.Module) -> list[LayerRecord]:
         bias = runner.router.layer.bias if isinstance(runner.router, CorRouter) else None
         experts = runner.router.global_num_experts if bias is None else len(bias)
         device = next(runner.parameters()).device
+        dtype = getattr(runner.router, "logits_dtype", torch.float32)
         generator = torch.Generator().manual_seed(record.layer_index)
-        logits = 2 * torch.randn(SYNTHETIC_ROWS, experts, generator=generator).to(device)
+        drawn = torch.randn(SYNTHETIC_ROWS, experts, generator=generator, dtype=torch.float32)
+        logits = (2 * drawn).to(device, dtype)
         weights, ids = runner.router._compute_routing(logits, logits, None)
         record.router_logits, record.topk_weights, record.topk_ids = map(_host, (logits, weights, ids))
         _add_stock(record, runner.router)
         records.append(record)
     return records
+
+
+def gates(model: torch.nn.Module) -> dict[str, Any]:
+    """The linear layer that makes the router logits of each MoE layer, by the MoE layer's name."""
+    found = {}
+    for name in moe_layers(model):
+        block = model.get_submodule(name.removesuffix(".base_layer").rpartition(".")[0])
+        gate = getattr(block, "gate", None)
+        gate = getattr(block, "router", None) if gate is None else gate
+        if gate is not None:
+            found[name] = getattr(gate, "base_layer", gate)  # below a LoRA adapter
+    return found
+
+
+def ask_gates(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Router logits [SYNTHETIC_ROWS, N] of random activations, by the MoE layer's name.
+
+    vLLM packs a gate's weight for some kernels and drops it, so gates are asked and not looked at.
+    """
+    answers = {}
+    for name, gate in gates(model).items():
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(SYNTHETIC_ROWS, gate.input_size, generator=generator, dtype=torch.float32)
+        logits = gate(drawn.to(next(gate.parameters()).device, gate.params_dtype))
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        answers[name] = logits.detach().cpu()
+    return answers
 
 
 @contextlib.contextmanager
@@ -166,14 +206,20 @@ def _listen_to_kernel(record: LayerRecord) -> Any:
 
 
 def _add_stock(record: LayerRecord, router: Any) -> None:
-    """The same logits through vLLM's own router and through our routing step with λ = 0."""
+    """The same logits through vLLM's own router and through our routing step with λ = 0.
+
+    vLLM's router for CPUs computes in the logits' dtype, up to 2⁻⁹ (bf16) off in each weight. So it is asked
+    twice: as it serves, and in float32, where what it computes can be told from how it rounds.
+    """
     if record.router_logits is None or not isinstance(router, CorRouter):
         return
     device = router.bias.device if router.bias is not None else torch.device("cpu")
     logits = record.router_logits.to(device)
     stock_weights, stock_ids = router.stock._compute_routing(logits, logits, None)
+    exact_weights, exact_ids = router.stock._compute_routing(logits.float(), logits.float(), None)
     bias = router.correction_bias
-    bias = torch.zeros(logits.shape[1], device=device) if bias is None else bias.float()
+    zeros = torch.zeros(logits.shape[1], device=device, dtype=torch.float32)
+    bias = zeros if bias is None else bias.float()
     _, unbiased = cor_topk(
         logits,
         bias,
@@ -184,6 +230,7 @@ def _add_stock(record: LayerRecord, router: Any) -> None:
         topk_group=record.topk_group,
     )
     record.stock_ids, record.stock_weights = _host(stock_ids), _host(stock_weights)
+    record.exact_ids, record.exact_weights = _host(exact_ids), _host(exact_weights)
     record.unbiased_ids = _host(unbiased)
 
 

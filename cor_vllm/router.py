@@ -75,6 +75,11 @@ class CorRouter(AlwaysAsked, BaseRouter):
         """Custom: kernels that route inside themselves refuse it, so vLLM picks one that asks us."""
         return RoutingMethodType.Custom
 
+    @property
+    def decided_by_vllm(self) -> bool:
+        """Whether the stock router selects and weighs, because the score is the model's own."""
+        return self.bias is None and not self.layer.random and not self.fused
+
     def set_capture_fn(self, capture_fn: Callable[[torch.Tensor], None] | None) -> None:
         """For --enable-return-routed-experts, whose buffer has one width for all layers.
 
@@ -130,7 +135,7 @@ class CorRouter(AlwaysAsked, BaseRouter):
         input_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Select this layer's experts: (topk_weights [T, k_l] float32, topk_ids [T, k_l])."""
-        own = self.bias is None and not self.layer.random and not self.fused
+        own = self.decided_by_vllm
         if own:
             weights, ids = self.stock._compute_routing(
                 hidden_states, router_logits, indices_type, input_ids=input_ids

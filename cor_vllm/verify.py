@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cor_vllm import compat, exits
+from cor_vllm import compat, cpu, exits
 from cor_vllm.errors import CorError, cause
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 24, 2
@@ -41,13 +41,15 @@ def verify(model: str, scores: str, flags: list[str], as_json: bool) -> int:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     # In this process, where one worker is enough, so that its errors are our errors.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    llm = _load(model, scores, flags)
+    llm, changes = _load(model, scores, flags)
     report = inspect(llm)
+    report["notes"] = changes + report["notes"]
     print(json.dumps(report) if as_json else render(report))
     return exits.MISROUTED if report["problems"] else 0
 
 
-def _load(model: str, scores: str, flags: list[str]) -> Any:
+def _load(model: str, scores: str, flags: list[str]) -> tuple[Any, list[str]]:
+    """The engine, and what was chosen for it that a server on this machine needs, too."""
     from cor_vllm import register
 
     register()
@@ -59,7 +61,9 @@ def _load(model: str, scores: str, flags: list[str]) -> Any:
     # Eager: what a CUDA graph or a compiled model does cannot be watched from Python.
     args = parser.parse_args(["--model", model, "--cor-scores", scores, *SMALL, *flags, "--enforce-eager"])
     try:
-        return LLM.from_engine_args(EngineArgs.from_cli_args(args))
+        engine = EngineArgs.from_cli_args(args)
+        changes = cpu.mend(engine)
+        return LLM.from_engine_args(engine), changes
     except (ValueError, RuntimeError, OSError) as error:
         raise VerifyError(cause(error)) from error
 
@@ -72,7 +76,8 @@ def inspect(llm: Any) -> dict[str, Any]:
 
     Returns:
         "model", "versions", "cor" (the options), "layers" (judge.LayerVerdict as dictionaries, of every
-        worker) and "problems" (one line each).
+        worker), "problems" (one line each) and "notes" (what is wrong with the engine next to its routing,
+        one line each).
 
     Raises:
         VerifyError: a worker does not have the plugin.
@@ -111,6 +116,7 @@ def inspect(llm: Any) -> dict[str, Any]:
         | options.model_dump(by_alias=True, exclude_none=True),
         "layers": layers,
         "problems": problems,
+        "notes": cpu.warnings(config),
     }  # fmt: skip
 
 
@@ -155,7 +161,8 @@ def render(report: dict[str, Any]) -> str:
         else [f"All {len(layers)} layers of {len(workers)} worker(s) are routed as the scores file says."]
     )
     lines = [line.strip() for line in text.getvalue().strip().splitlines()]
-    return "\n".join([*head, "", *lines, "", *verdict])
+    notes = [f"NOTE: {note}" for note in report["notes"]]
+    return "\n".join([*head, "", *lines, "", *verdict, *notes])
 
 
 def main(model: str, scores: str, flags: list[str], as_json: bool) -> int:

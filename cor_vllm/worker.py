@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cor_vllm.config import CorConfig
-from cor_vllm.judge import as_rows, first_problem, judge
+from cor_vllm.judge import as_rows, fault_of, first_problem, judge
 from cor_vllm.loaded import check_loaded
 from cor_vllm.plugin import RoutingError, finish
 from cor_vllm.process import config_of, layers_of, scores_of
@@ -57,15 +57,23 @@ def _then_finish(worker: Any, get_weights: Callable[..., None], config: CorConfi
 
 @torch.inference_mode()
 def _checked_start(worker: Any, determine_available_memory: Any) -> Any:
-    """Watch the run by which vLLM measures its memory: every MoE layer must be routed as the file says."""
+    """Watch the run by which vLLM measures its memory: every MoE layer must be routed as the file says.
+
+    Its tokens are dummies, all the same, which say nothing about the routers; those are asked by themselves.
+    """
     from cor_vllm import probe
 
     model = worker.get_model()
     check_loaded(model, worker.vllm_config)
+    for name, logits in probe.ask_gates(model).items():
+        if fault := fault_of(logits, different_tokens=True):
+            raise RoutingError(
+                f"{name}: {fault}; compare the checkpoint with the model's own, or load it anew"
+            )
     records: list[Any] = []
     with contextlib.ExitStack() as stack:
         if _runs_in_python(worker.vllm_config):
-            records = stack.enter_context(probe.recording(model))
+            records = stack.enter_context(probe.recording(model, different_tokens=False))
         result = determine_available_memory()
     if all(record.router_logits is None for record in records):  # vLLM saw no need to run the model
         records = probe.ask_routers(model)
@@ -94,7 +102,7 @@ def _probe_begin(self: Any) -> None:
     from cor_vllm import probe
 
     self.cor_probe = contextlib.ExitStack()
-    self.cor_records = self.cor_probe.enter_context(probe.recording(self.get_model()))
+    self.cor_records = self.cor_probe.enter_context(probe.recording(self.get_model(), different_tokens=True))
 
 
 def _probe_end(self: Any) -> list[dict[str, Any]]:

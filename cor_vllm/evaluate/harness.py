@@ -1,6 +1,7 @@
 """The harness's three ways to a model: transformers in this process, vLLM in this process, a server."""
 
 import random
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -66,6 +67,11 @@ def engine_model(model: str, options: dict[str, Any] | None, arguments: dict[str
     """
     from lm_eval.models.vllm_causallms import VLLM
 
+    from cor_vllm.cpu import mended_arguments
+
+    arguments, changes = mended_arguments(model, arguments)
+    for line in changes:
+        print(f"cor-vllm: {line}", file=sys.stderr)
     if options is not None:
         arguments = arguments | {"additional_config": {"cor": options}}
     return VLLM(pretrained=model, **arguments)

@@ -11,11 +11,18 @@ from cor_vllm.config import CorConfig, plan
 from cor_vllm.router import random_scores
 from cor_vllm.scores import Scores
 from tests.make_scores import make
-from tests.parity.engine import Completion, generate, generate_without_plugin, reference_completions
+from tests.parity.engine import (
+    PROMPTS,
+    Completion,
+    generate,
+    generate_without_plugin,
+    reference_completions,
+)
 from tests.tiny_models import FAMILIES
 
 pytestmark = pytest.mark.slow
 SHORT = 12  # tokens, where a difference shows at once
+NO_MODEL = Path("no-such-model")
 
 
 def varied(folder: Path) -> list[int]:
@@ -55,9 +62,29 @@ def test_server_routes_as_transformers_does(checkpoints, family):
     assert_same(got, reference_completions(folder, routing(values), got))
 
 
+class Stock:
+    """What stock vLLM says by folder; one that it could not serve fails the tests that ask for it."""
+
+    def __init__(self, answers: dict[str, list[Completion] | str]) -> None:
+        self._answers = answers
+
+    def __getitem__(self, folder: str) -> list[Completion]:
+        answer = self._answers[folder]
+        if isinstance(answer, str):
+            pytest.fail(f"stock vLLM did not serve {folder}: {answer}")
+        return answer
+
+
 @pytest.fixture(scope="module")
-def stock(checkpoints):
-    return generate_without_plugin(list(checkpoints.values()), SHORT)
+def stock(checkpoints) -> Stock:
+    return Stock(generate_without_plugin([NO_MODEL, *checkpoints.values()], SHORT))
+
+
+def test_a_family_that_vllm_cannot_serve_here_takes_no_other_along(checkpoints, stock):
+    with pytest.raises(pytest.fail.Exception, match=r"did not serve no-such-model: exit code 1"):
+        stock[str(NO_MODEL)]
+    for folder in checkpoints.values():
+        assert len(stock[str(folder)]) == len(PROMPTS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

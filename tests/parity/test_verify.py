@@ -14,57 +14,67 @@ from cor_vllm.cli import main
 from cor_vllm.plugin import RoutingError
 from cor_vllm.router import CorRouter
 from tests.make_scores import config_of, make
-from tests.parity.engine import ENGINE, generate
+from tests.parity.engine import generate, start
 from tests.parity.test_parity import varied, written
 
 pytestmark = pytest.mark.slow
-
-
-def start(folder, cor, **engine):
-    from vllm import LLM
-
-    return LLM(model=str(folder), **{**ENGINE, **engine}, additional_config={"cor": cor})
 
 
 def problems(llm) -> list[str]:
     return verify.inspect(llm)["problems"]
 
 
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [
-        ("qwen3_moe", {}),
-        ("deepseek_v3", {"lambda": 0.2}),  # groups, correction bias, scaled weights
-        ("glm4_moe", {"mode": "expert"}),
-        ("gpt_oss", {"weights": "fused"}),
-        ("olmoe", {"mode": "random", "seed": 3}),
-        ("deepseek_v2", {"mode": "layer"}),
-        ("mixtral", {"static_k": 3}),
-        ("qwen2_moe", {"swap_rate": 1.0}),
-    ],
-)
-def test_a_sound_engine_passes(checkpoints, family, options):
+SOUND = [
+    ("qwen3_moe", "float32", {}),
+    ("deepseek_v3", "float32", {"lambda": 0.2}),  # groups, correction bias, scaled weights
+    ("glm4_moe", "float32", {"mode": "expert"}),
+    ("gpt_oss", "float32", {"weights": "fused"}),
+    ("olmoe", "float32", {"mode": "random", "seed": 3}),
+    ("deepseek_v2", "float32", {"mode": "layer"}),
+    ("mixtral", "float32", {"static_k": 3}),
+    ("qwen2_moe", "float32", {"swap_rate": 1.0}),
+    # vLLM's router for CPUs computes in the dtype of the logits: softmax over the chosen experts, or over all
+    # of them by the log of a sum. Where the score is the model's own, its weights are what is served.
+    ("qwen3_moe", "bfloat16", {}),
+    ("qwen3_moe", "bfloat16", {"mode": "layer", "admin": True}),  # our step, with a bias of zeros
+    ("mixtral", "bfloat16", {"mode": "layer"}),
+    ("olmoe", "bfloat16", {"mode": "off"}),
+    ("gpt_oss", "bfloat16", {}),
+    ("qwen2_moe", "bfloat16", {"mode": "expert"}),
+    ("deepseek_v2", "bfloat16", {}),
+    ("deepseek_v3", "bfloat16", {"mode": "layer"}),
+    ("glm4_moe", "bfloat16", {}),
+    ("qwen3_moe", "float16", {"mode": "off"}),
+    ("mixtral", "float16", {}),
+    ("olmoe", "float16", {}),
+    ("gpt_oss", "float16", {"static_k": 3}),
+]
+
+
+@pytest.mark.parametrize(("family", "dtype", "options"), SOUND)
+def test_a_sound_engine_passes(checkpoints, family, dtype, options):
     folder = checkpoints[family]
     values = make(folder, k=varied(folder))
-    report = verify.inspect(start(folder, {**written(folder, values), **options}))
+    report = verify.inspect(start(folder, {**written(folder, values), **options}, dtype=dtype))
     gc.collect()
     assert report["problems"] == []
     layers = report["layers"]
     assert [row["layer"] for row in layers] == values.layer_index.tolist()
     assert all(row["as_expected"] == 1 and row["lambda_0"] == 1 and row["modular"] for row in layers)
+    assert all(row["weights_error"] <= 1e-6 for row in layers)  # our own step is exact in every dtype
     assert all(row["tokens"] == verify.PROMPTS * verify.PROMPT_TOKENS for row in layers)
-    own_score = options.get("mode") == "layer" or "static_k" in options
+    own_score = options.get("mode") in ("layer", "off") or "static_k" in options
     assert any(row["changed"] > 0 for row in layers) != own_score
     text = verify.render(report)
     assert f"All {len(layers)} layers of 1 worker(s) are routed as the scores file says." in text
     assert text.count("| yes     | CorRouter |") == len(layers)
 
 
-@pytest.fixture(scope="module")
-def engine(checkpoints):
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "float16"])
+def engine(checkpoints, request):
     """An engine to sabotage, and what mends it again."""
     folder = checkpoints["qwen3_moe"]
-    llm = start(folder, written(folder, make(folder, k=varied(folder))))
+    llm = start(folder, written(folder, make(folder, k=varied(folder))), dtype=request.param)
     assert problems(llm) == []
     return llm
 

@@ -15,6 +15,7 @@ VLLM_SIDE = {
     "router.py",
     "fit.py",
     "loaded.py",
+    "cpu.py",
     "worker.py",
     "probe.py",
     "verify.py",
@@ -68,9 +69,11 @@ def test_only_the_plugin_imports_vllm(file):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "cor_vllm" / "evaluate").glob("*.py")), ids=lambda f: f.name)
 def test_the_evaluation_leaves_vllm_to_the_harness(file):
-    """It starts engines as users do; only the command asks vLLM's own parser about its flags."""
+    """It starts engines as users do; only the command asks vLLM's own parser about its flags, and only the
+    harness what an engine needs on this machine."""
     assert file.name == "command.py" or "vllm" not in roots(file)
-    assert not {f"cor_vllm.{name.removesuffix('.py')}" for name in VLLM_SIDE} & imported(file)
+    allowed = {"cpu.py"} if file.name == "harness.py" else set()
+    assert not {f"cor_vllm.{name.removesuffix('.py')}" for name in VLLM_SIDE - allowed} & imported(file)
 
 
 def test_importing_the_package_needs_neither_vllm_nor_transformers():
