@@ -91,6 +91,12 @@ def _runs_in_python(engine: Any) -> bool:
     return not current_platform.is_cpu() or engine.compilation_config.mode == CompilationMode.NONE
 
 
+def _has_weights(worker: Any) -> bool:
+    """Whether the routers are a model's: among dummy weights a bias can outweigh the token."""
+    load_format = worker.vllm_config.load_config.load_format
+    return str(getattr(load_format, "value", load_format)) != "dummy"
+
+
 def _judge(worker: Any, records: list[Any]) -> Any:
     config = config_of(worker.vllm_config)
     assert config is not None, "only called where counterfactual routing is configured"
@@ -102,7 +108,8 @@ def _probe_begin(self: Any) -> None:
     from cor_vllm import probe
 
     self.cor_probe = contextlib.ExitStack()
-    self.cor_records = self.cor_probe.enter_context(probe.recording(self.get_model(), different_tokens=True))
+    recording = probe.recording(self.get_model(), different_tokens=_has_weights(self))
+    self.cor_records = self.cor_probe.enter_context(recording)
 
 
 def _probe_end(self: Any) -> list[dict[str, Any]]:

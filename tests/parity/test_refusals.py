@@ -36,8 +36,8 @@ def configured(folder: Path, cor: object, **engine: object) -> Any:
     """As far as the checks before the engine: what `vllm serve` and LLM() both run first."""
     from vllm.engine.arg_utils import EngineArgs
 
-    options = {k: v for k, v in ENGINE.items() if k != "compilation_config"}
-    return EngineArgs(str(folder), **options, additional_config={"cor": cor}, **engine).create_engine_config()
+    options = {k: v for k, v in ENGINE.items() if k != "compilation_config"} | engine
+    return EngineArgs(str(folder), **options, additional_config={"cor": cor}).create_engine_config()
 
 
 def write(

@@ -3,13 +3,16 @@
 import dataclasses
 import gc
 import json
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from cor_vllm import scores, verify
+from cor_vllm import probe, scores, verify
 from cor_vllm.cli import main
 from cor_vllm.plugin import RoutingError
 from cor_vllm.router import CorRouter
@@ -132,6 +135,29 @@ def test_weights_that_vllm_would_not_give(engine, attribute, value):
     assert found and all("layers.0" in p and "with λ = 0 it routes otherwise than vLLM" in p for p in found)
 
 
+LOGITS = {  # what a router may make of its input, and what is said
+    "zeros": (lambda logits: torch.zeros_like(logits), "the same for all experts, so it chooses nothing"),
+    "bias": (lambda logits: logits[:1].expand_as(logits), r"the same for all of 192 tokens, so it chooses"),
+    "nan": (lambda logits: torch.full_like(logits, float("nan")), "its router's logits are not finite"),
+}
+
+
+@pytest.mark.parametrize("made", LOGITS)
+def test_a_router_that_does_not_look_at_the_token(engine, monkeypatch, made):
+    """The selection is right, for it is the selection of such logits."""
+    change, says = LOGITS[made]
+    (gate,) = engine.apply_model(lambda model: probe.gates(model)["model.layers.1.mlp.experts"])
+    forward = gate.forward
+
+    def changed(hidden):
+        logits, bias = forward(hidden)
+        return change(logits).contiguous(), bias
+
+    monkeypatch.setattr(gate, "forward", changed)
+    found = [p for p in problems(engine) if "layers.1.mlp" in p]
+    assert re.search(says, found[0])
+
+
 def test_an_expert_kernel_that_routes_inside_itself(engine, monkeypatch):
     layer = layer_of(engine, 1)
     method = type(layer.routed_experts.quant_method)
@@ -150,6 +176,68 @@ def test_an_expert_kernel_that_routes_inside_itself(engine, monkeypatch):
 
 def test_the_sabotaged_engine_is_sound_again(engine):
     assert problems(engine) == []
+
+
+@pytest.fixture(scope="module")
+def own_score(checkpoints):
+    """An engine whose experts vLLM's own router chooses and weighs, in bfloat16, by the log of a sum."""
+    folder = checkpoints["olmoe"]
+    values = make(folder, k=varied(folder))
+    llm = start(folder, {**written(folder, values), "mode": "layer"}, dtype="bfloat16")
+    assert problems(llm) == []
+    return llm
+
+
+def test_weights_of_vllm_that_are_scaled(own_score, monkeypatch):
+    """Less than what vLLM's router rounds away in this dtype, and still found."""
+    router = layer_of(own_score, 2).router
+    compute = router._compute_routing
+
+    def scaled(*args, **options):
+        weights, ids = compute(*args, **options)
+        return weights * 1.001, ids
+
+    monkeypatch.setattr(router, "_compute_routing", scaled)
+    found = problems(own_score)
+    assert found and all("layers.2" in p and "weights differ from the expected ones" in p for p in found)
+
+
+def test_a_router_of_vllm_that_weighs_otherwise(own_score, monkeypatch):
+    monkeypatch.setattr(layer_of(own_score, 2).router.stock, "renormalize", True)
+    found = problems(own_score)
+    assert found and all("layers.2" in p and "with λ = 0 it routes otherwise than vLLM" in p for p in found)
+
+
+def test_experts_that_vllm_would_not_choose(own_score, monkeypatch):
+    router = layer_of(own_score, 2).router
+    compute = router._compute_routing
+
+    def lowest(hidden, logits, *args, **options):
+        return compute(hidden, -logits, *args, **options)
+
+    monkeypatch.setattr(router, "_compute_routing", lowest)
+    assert any("layers.2" in p and "other experts than the file says" in p for p in problems(own_score))
+
+
+@pytest.mark.parametrize(
+    ("family", "says"),
+    [("qwen3_moe", "the same for all experts"), ("gpt_oss", "the same for all of 16 tokens")],
+)
+def test_a_checkpoint_without_a_router_does_not_start(checkpoints, tmp_path, family, says):
+    """Zeros in the file, which the file's fingerprint is made of; GPT-OSS adds a bias to them."""
+    folder = shutil.copytree(checkpoints[family], tmp_path / family)
+    weights = load_file(folder / "model.safetensors")
+    (name,) = (n for n in weights if n.endswith(("layers.1.mlp.gate.weight", "layers.1.mlp.router.weight")))
+    weights[name].zero_()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RoutingError, match=rf"layers\.1\.mlp\.experts: its router's logits are {says}"):
+        start(folder, written(folder, make(folder)))
+
+
+def test_dummy_weights_are_no_fault(checkpoints):
+    folder = checkpoints["gpt_oss"]
+    llm = start(folder, written(folder, make(folder)), load_format="dummy", dtype="bfloat16")
+    assert problems(llm) == []
 
 
 def test_a_worker_checks_itself_before_it_serves(checkpoints, monkeypatch):
