@@ -1,17 +1,21 @@
 """Calibration text: where documents come from, and how sequences are drawn from them."""
 
 import hashlib
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cor_vllm.calibrate.config import DEFAULT_CORPUS, CalibrationError
+from cor_vllm.calibrate.reading import Given, Row, described, read
 
 DEFAULT_CORPUS_FILE = Path(__file__).with_name("data") / "default_corpus.txt"
 C4_DOCUMENTS = 2000  # of the validation split, from its start: about a million tokens
 QUESTION = "Question: {question}\nAnswer:"  # how --answers puts a question; a space and the answer follow
+JSON = "JSON (a list, or one value a line)"
+CORPUS_WANTED = f"plain text, or {JSON} of strings or of objects with a string `text`"
+ANSWERS_WANTED = f"{JSON} of objects with strings `question` and `answer`"
+LISTS_WANTED = f"{JSON} of lists of"
 POOL = 8  # windows are drawn from a pool of this many times the positions needed, or from all there are
 
 Tokenize = Callable[[str], list[int]]
@@ -27,39 +31,48 @@ class Corpus:
 
 
 def load_corpus(name: str) -> Corpus:
-    """Read the shipped corpus (`default`), C4 validation (`c4`), or a text or JSONL file.
+    """Read the shipped corpus (`default`), C4 validation (`c4`), or a file of text or of JSON.
 
-    In a text file blank lines separate documents; in a `.jsonl` file every line is an object whose `text` is
-    one document.
+    In a text file blank lines separate documents. A JSON file, a list or one value a line, has for each
+    document a string or an object with a string `text`. See `reading` for what else is told apart.
 
     Raises:
-        CalibrationError: no such file, not UTF-8, not JSONL, or the extra that `c4` needs is missing.
+        CalibrationError: the file cannot be read, has another form, or the extra that `c4` needs is missing.
     """
     if name == "c4":
         return _c4()
     path = DEFAULT_CORPUS_FILE if name == DEFAULT_CORPUS else Path(name)
-    data = read_input(path, "--corpus")
-    text = _text(data, path, "--corpus")
-    documents = list(_jsonl(text, path) if path.suffix == ".jsonl" else _paragraphs(text))
-    label = DEFAULT_CORPUS if name == DEFAULT_CORPUS else path.name
-    return Corpus(label, hashlib.sha256(data).hexdigest(), documents)
+    given = read(path, "--corpus", CORPUS_WANTED)
+    if given.is_json():
+        documents = [_document(given, row) for row in given.rows()]
+    else:
+        documents = list(_paragraphs(given.text))
+    return Corpus(DEFAULT_CORPUS if name == DEFAULT_CORPUS else path.name, given.sha256, documents)
 
 
-def read_input(path: Path, option: str) -> bytes:
-    """The bytes of a file that an option names, or a CalibrationError that names both."""
+def _document(given: Given, row: Row) -> str:
+    if isinstance(row.value, str):
+        return _whole(given, row, row.value)
+    return _strings(given, row, "text")[0]
+
+
+def _strings(given: Given, row: Row, *keys: str) -> list[str]:
+    """The strings under `keys` of a row that is an object."""
+    if not isinstance(row.value, dict) or not all(key in row.value for key in keys):
+        given.refuse(f"{row.place} is {described(row.value)}")
+    for key in keys:
+        if not isinstance(row.value[key], str):
+            given.refuse(f"`{key}` of {row.place} is {described(row.value[key])}, not a string")
+    return [_whole(given, row, row.value[key]) for key in keys]
+
+
+def _whole(given: Given, row: Row, text: str) -> str:
+    """The text, if a tokenizer can take it: JSON can escape half of a character."""
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CalibrationError(
-            f"{option} {path}: cannot be read ({error.strerror}); check the path"
-        ) from None
-
-
-def _text(data: bytes, path: Path, option: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{option} {path}: not UTF-8 text (byte {error.start}); convert it") from None
+        text.encode()
+    except UnicodeEncodeError as error:
+        given.refuse(f"{row.place} holds half a character, {text[error.start : error.end]!a}")
+    return text
 
 
 def _paragraphs(text: str) -> Iterator[str]:
@@ -70,25 +83,6 @@ def _paragraphs(text: str) -> Iterator[str]:
         elif lines:
             yield "\n".join(lines)
             lines = []
-
-
-def _jsonl(text: str, path: Path) -> Iterator[str]:
-    for number, (document,) in _rows(text, "text"):
-        if document is None:
-            raise CalibrationError(f"--corpus {path}: line {number} is no JSON object with a string `text`")
-        yield document
-
-
-def _rows(text: str, *keys: str) -> Iterator[tuple[int, list[str | None]]]:
-    """(number from 1, the strings under `keys`, None where there is none) of every line that is not blank."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            values = [row.get(key) if isinstance(row, dict) else None for key in keys]
-            yield number, [value if isinstance(value, str) else None for value in values]
 
 
 def _c4() -> Corpus:
@@ -159,21 +153,19 @@ def _pool(documents: Iterable[list[int]], prefix: list[int], seq_len: int, posit
 
 
 def read_answers(path: Path) -> tuple[list[tuple[str, str]], str]:
-    """`--answers`: (question, answer) of every line of a JSONL file, with the file's SHA-256.
+    """`--answers`: (question, answer) of every record of a JSON file, with the file's SHA-256.
 
     Raises:
-        CalibrationError: unreadable, not UTF-8, or a line that is no object with both, neither empty.
+        CalibrationError: unreadable, or a record that is not an object with both, neither empty.
     """
-    data = read_input(path, "--answers")
+    given = read(path, "--answers", ANSWERS_WANTED)
     items = []
-    for number, row in _rows(_text(data, path, "--answers"), "question", "answer"):
-        question, answer = ((value or "").strip() for value in row)
+    for row in given.rows():
+        question, answer = (value.strip() for value in _strings(given, row, "question", "answer"))
         if not (question and answer):
-            raise CalibrationError(
-                f"--answers {path}: line {number} is no JSON object with a `question` and an `answer`"
-            )
+            given.refuse(f"{row.place} has an empty `{'answer' if question else 'question'}`")
         items.append((question, answer))
-    return items, hashlib.sha256(data).hexdigest()
+    return items, given.sha256
 
 
 def draw_answers(
@@ -209,46 +201,45 @@ def draw_answers(
 
 
 def read_token_ids(path: Path, vocab_size: int) -> tuple[list[list[int]], str]:
-    """`--token-ids`: a JSON list of lists of ids, each a sequence of at least 2; with the file's SHA-256."""
-    sequences = _json_lists(path, "--token-ids", "token ids")
+    """`--token-ids`: lists of ids, each a sequence of at least 2; with the file's SHA-256."""
+    given = read(path, "--token-ids", f"{LISTS_WANTED} token ids")
+    sequences = _lists(given, "token ids")
     for number, ids in enumerate(sequences):
         if len(ids) < 2:
-            raise CalibrationError(f"--token-ids {path}: sequence {number} has {len(ids)} tokens, needs 2")
+            raise CalibrationError(f"{given.name}: sequence {number} has {len(ids)} tokens, needs 2")
         if max(ids) >= vocab_size:
             raise CalibrationError(
-                f"--token-ids {path}: sequence {number} holds {max(ids)}, the vocabulary has {vocab_size}"
+                f"{given.name}: sequence {number} holds {max(ids)}, the vocabulary has {vocab_size}"
             )
     if not sequences:
-        raise CalibrationError(f"--token-ids {path}: holds no sequence")
-    return sequences, hashlib.sha256(read_input(path, "--token-ids")).hexdigest()
+        raise CalibrationError(f"{given.name}: holds no sequence")
+    return sequences, given.sha256
 
 
 def read_positions(path: Path, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
     """`--positions`: per sequence the indexes t, from 0, of the hard positions (t predicts token t+1)."""
-    positions = _json_lists(path, "--positions", "positions")
+    given = read(path, "--positions", f"{LISTS_WANTED} positions")
+    positions = _lists(given, "positions")
     if len(positions) != len(sequences):
         raise CalibrationError(
-            f"--positions {path}: {len(positions)} lists for {len(sequences)} sequences, give one for each"
+            f"{given.name}: {len(positions)} lists for {len(sequences)} sequences, give one for each"
         )
     for number, (indexes, ids) in enumerate(zip(positions, sequences, strict=True)):
         if indexes and max(indexes) > len(ids) - 2:
             raise CalibrationError(
-                f"--positions {path}: list {number} holds {max(indexes)}, the last position of a sequence of "
+                f"{given.name}: list {number} holds {max(indexes)}, the last position of a sequence of "
                 f"{len(ids)} tokens is {len(ids) - 2}"
             )
     if not any(positions):
-        raise CalibrationError(f"--positions {path}: names no position")
+        raise CalibrationError(f"{given.name}: names no position")
     return [sorted(set(indexes)) for indexes in positions]
 
 
-def _json_lists(path: Path, option: str, what: str) -> list[list[int]]:
-    try:
-        value = json.loads(read_input(path, option))
-    except ValueError as error:
-        raise CalibrationError(f"{option} {path}: not JSON ({error})") from None
-    if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
-        raise CalibrationError(f"{option} {path}: must be a JSON list of lists of {what}")
-    for row in value:
-        if not all(type(item) is int and item >= 0 for item in row):
-            raise CalibrationError(f"{option} {path}: {what} must be whole numbers from 0")
-    return value
+def _lists(given: Given, what: str) -> list[list[int]]:
+    rows = given.rows()
+    for row in rows:
+        if not isinstance(row.value, list):
+            given.refuse(f"{row.place} is {described(row.value)}")
+        if not all(type(item) is int and item >= 0 for item in row.value):
+            raise CalibrationError(f"{given.name}: {what} must be whole numbers from 0 ({row.place})")
+    return [row.value for row in rows]

@@ -84,14 +84,16 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         "--corpus",
         type=given,
         metavar="NAME_OR_PATH",
-        help="a text file (blank lines between documents), a .jsonl file (key `text`), or `c4` (C4 "
-        "validation, streamed; needs the package datasets) (default: the corpus that ships with the package)",
+        help="a text file (blank lines between documents), a JSON file of strings or of objects with a "
+        "string `text`, or `c4` (C4 validation, streamed; needs the package datasets). JSON, here and below, is a "
+        "list or one value a line, whatever the file's name; gzip, byte-order marks and UTF-16 are read; "
+        "CSV, Parquet and other forms are refused (default: the corpus that ships with the package)",
     )
     add(
         "--answers",
         type=given,
         metavar="FILE",
-        help="a .jsonl file of questions (key `question`) and answers (key `answer`): calibrate on "
+        help="a JSON file of objects with strings `question` and `answer`: calibrate on "
         "--num-tokens positions of them, the tokens of the answers being the hard ones; --corpus then only "
         "supplies held-out text (default: none)",
     )
@@ -99,7 +101,7 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         "--token-ids",
         type=given,
         metavar="FILE",
-        help="JSON list of lists of token ids: all of them are the calibration sequences, as they are, and "
+        help="a JSON file of lists of token ids: all of them are the calibration sequences, as they are, and "
         "--num-tokens and --seq-len do not apply to them; --corpus then only supplies held-out text, and "
         "without it there is no held-out check (default: none)",
     )
@@ -107,7 +109,7 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         "--positions",
         type=given,
         metavar="FILE",
-        help="JSON list with one list per sequence of --token-ids: indexes t, from 0, of the positions (t "
+        help="a JSON file with one list per sequence of --token-ids: indexes t, from 0, of the positions (t "
         "predicts token t+1) to use as hard ones instead of those above --hard-percentile (default: none)",
     )
     add("--num-tokens", type=int, metavar="N", help="calibration positions (default: 1000)")

@@ -94,8 +94,8 @@ def test_the_shipped_corpus() -> None:
         ("missing.txt", None, "cannot be read"),
         ("latin.txt", b"caf\xe9", "not UTF-8"),
         ("bad.jsonl", b'{"text": "a"}\n{"text": 1}', "line 2"),
-        ("bad.jsonl", b'["a"]', "line 1"),
-        ("bad.jsonl", b"{", "line 1"),
+        ("bad.jsonl", b'["a", 3]', "item 2 is a number; give plain text, or JSON"),
+        ("bad.jsonl", b"{", "line 1 is not JSON"),
     ],
 )
 def test_unusable_corpus_files(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
@@ -133,8 +133,8 @@ def test_c4_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     ("content", "message"),
     [
         ("{", "not JSON"),
-        ('{"a": 1}', "list of lists"),
-        ("[1]", "list of lists"),
+        ('{"a": 1}', r"line 1 is an object with `a`; give JSON .* of lists of token ids"),
+        ("[1]", r"item 1 is a number; give JSON .* of lists of token ids"),
         ("[[1, -1]]", "whole numbers"),
         ("[[1, true]]", "whole numbers"),
         ("[[1, 2.0]]", "whole numbers"),
@@ -230,9 +230,15 @@ def test_unusable_answers(tmp_path: Path, tokenizer_folder: Path) -> None:
     file = answers_file(tmp_path)
     with pytest.raises(CalibrationError, match=r"3 questions hold .* positions, 1000 are wanted"):
         read_inputs(options(answers=file), tokenizer_folder, 512)
-    for line in ('{"question": "Who?"}', '["a", "b"]', '{"question": "Who?", "answer": " "}', "Who?"):
+    for line, reason in (
+        ('{"question": "Who?"}', "line 2 is an object with `question`; give JSON"),
+        ('["a", "b"]', "line 2 is a list; give JSON"),
+        ('{"question": "Who?", "answer": " "}', "line 2 has an empty `answer`"),
+        ('{"question": "Who?", "answer": 3}', "`answer` of line 2 is a number, not a string"),
+        ("Who?", r"line 2 is not JSON \(Expecting value, column 1\): Who\?; give JSON"),
+    ):
         file.write_text('{"question": "Who?", "answer": "He"}\n' + line)
-        with pytest.raises(CalibrationError, match="line 2 is no JSON object with a `question` and"):
+        with pytest.raises(CalibrationError, match=reason):
             read_inputs(options(answers=file), tokenizer_folder, 512)
 
 
