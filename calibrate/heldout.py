@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from cor_vllm.calibrate.checks import check_losses
 from cor_vllm.calibrate.forward import batch_losses
 from cor_vllm.calibrate.moe_model import MoeModel
 from cor_vllm.calibrate.plain import cut, pad, sequence_batches
@@ -56,9 +57,16 @@ def _random(
 def position_losses(
     model: MoeModel, sequences: Sequence[Sequence[int]], routings: Sequence[Mapping[int, Rule]]
 ) -> list[torch.Tensor]:
-    """For each routing ({}: the model's own), [P] float32 losses of all positions, nats."""
+    """For each routing ({}: the model's own), [P] float32 losses of all positions, nats.
+
+    Raises:
+        CalibrationError: a loss is not finite.
+    """
     padded = [pad(group) for group in sequence_batches(sequences)]
-    return [cut(losses, sequences) for losses in batch_losses(model, padded, routings)]
+    losses = [cut(batches, sequences) for batches in batch_losses(model, padded, routings)]
+    for values in losses:
+        check_losses(model, values, "held-out losses")
+    return losses
 
 
 def check(

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from cor_vllm import __version__
 from cor_vllm import scores as scores_file
 from cor_vllm.calibrate.allocation import bounds
+from cor_vllm.calibrate.checks import check_baseline, check_measured
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
 from cor_vllm.calibrate.families import eligible_experts, num_experts
 from cor_vllm.calibrate.inputs import Inputs, read_inputs
@@ -49,9 +50,8 @@ def calibrate(options: CalibrationOptions, console: Console) -> Scores:
         The scores as written to `options.output`.
 
     Raises:
-        CalibrationError, FingerprintError: the calibration cannot be done or not be written; one line says
-            why.
-        ScoresError: an intervention gave losses that are not finite.
+        CalibrationError, FingerprintError: the calibration cannot be done or not be written, or its numbers
+            mean nothing; one line says why.
     """
     _check_output(options.output)
     folder, revision = model_folder(options.model)
@@ -82,11 +82,7 @@ def _measure_and_write(
     options: CalibrationOptions, info: ModelInfo, inputs: Inputs, model: MoeModel, console: Console
 ) -> Scores:
     base = baseline(model, inputs.sequences)
-    if not base.losses.isfinite().all():
-        raise CalibrationError(
-            f"{int((~base.losses.isfinite()).sum())} of {len(base.losses)} losses are not finite in "
-            f"{model.model.dtype}; try --dtype float32, or check the checkpoint"
-        )
+    check_baseline(model, base, inputs.sequences)
     given = flat_mask(inputs.hard_positions, inputs.sequences) if inputs.hard_positions else None
     strata = stratify(base.losses, options.hard_percentile, options.easy_percentile, given)
     state = PartialState(options.output, _key(options, info, inputs, model), base.losses)
@@ -104,6 +100,7 @@ def _measure_and_write(
             if note:
                 console.print(note, highlight=False)
         _measure_layers(algorithm, finished, state, lambda **values: progress.update(task, **values))
+    check_measured(model, algorithm.result())
     console.print(
         "checking the result on held-out text" if inputs.heldout else "no held-out text to check on"
     )

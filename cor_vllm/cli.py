@@ -85,8 +85,8 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         type=given,
         metavar="NAME_OR_PATH",
         help="a text file (blank lines between documents), a JSON file of strings or of objects with a "
-        "string `text`, or `c4` (C4 validation, streamed; needs the package datasets). JSON, here and below, is a "
-        "list or one value a line, whatever the file's name; gzip, byte-order marks and UTF-16 are read; "
+        "string `text`, or `c4` (C4 validation, streamed; needs the package datasets). JSON, here and below, "
+        "is a list or one value a line, whatever the file's name; gzip, byte-order marks, UTF-16 are read; "
         "CSV, Parquet and other forms are refused (default: the corpus that ships with the package)",
     )
     add(
