@@ -1,13 +1,17 @@
 """`cor-vllm evaluate` and `cor-vllm tune`: their flags, and from flags to a table. Imports nothing heavy."""
 
 import argparse
+import contextlib
+import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cor_vllm.arguments import given, path
 
 TABLE = "table.md"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
@@ -31,9 +35,9 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="a further scores file, whose conditions are named layer@NAME, expert@NAME, full@NAME …: for "
         "other choices of the calibration",
     )
+    add("--cor-lambda", type=float, metavar="L", help="λ of expert and full (default: the file's)")
     add(
         "--conditions",
-        default="quick",
         metavar="LIST",
         help="comma-separated: names, patterns with *, or quick (standard twice, expert, full, and "
         "full with permuted CEI), paper, all (default: quick)",
@@ -54,7 +58,7 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=_pair,
         help="instead of loading the model: an OpenAI-compatible server that runs already; the table has one "
         "row for each. MODEL then gives the tokenizer; call the one without counterfactual routing "
-        "`standard`",
+        "`standard`. A server whose row has the name of a condition must say of itself that it routes so",
     )
     add("--served-name", metavar="NAME", help="what the servers call the model (default: each one's first)")
     return parser
@@ -103,11 +107,16 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add(
         "--backend",
         choices=("vllm", "transformers"),
-        default="vllm",
         help="what runs the model: vllm, an engine per condition, as served; or transformers, which also has "
         "the baselines DoLa and ITI and the entropy gates (default: vllm)",
     )
-    add("--cor-lambda", type=float, metavar="L", help="λ of expert and full (default: the file's)")
+    add(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="tokens that a prompt and its answer have together, on every back end; longer prompts lose "
+        "their beginning, and how many is said (default: what the model or the shortest server takes)",
+    )
     add(
         "--batch-size",
         type=int,
@@ -115,7 +124,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="rows per forward with transformers, prompts per request with servers (default: %(default)s)",
     )
-    add("--dtype", default="auto", help="as for calibrate and vllm (default: auto)")
+    add("--dtype", choices=DTYPES, help="as for calibrate and vllm (default: auto)")
     add("--device", help="with transformers: as for calibrate")
     add("--seed", type=int, default=0, help="of draws, permutations and bootstrap (default: 0)")
 
@@ -129,79 +138,165 @@ def _pair(text: str) -> tuple[str, str]:
 
 def run_evaluate(args: argparse.Namespace) -> int:
     """Run, write the table and print it."""
-    from rich.console import Console
+    from cor_vllm.evaluate.benchmarks import EvaluationError
+    from cor_vllm.evaluate.options import available
 
-    from cor_vllm.evaluate.pareto import pareto
-    from cor_vllm.evaluate.pipeline import available, evaluate
-    from cor_vllm.evaluate.report import render
-
+    servers = _unique("--server", args.server)
+    if servers:
+        for flag, value in (
+            ("--backend", args.backend), ("--conditions", args.conditions), ("--dtype", args.dtype),
+            ("--list-conditions", args.list_conditions),
+        ):  # fmt: skip
+            if value:
+                raise EvaluationError(f"{flag}: means nothing with --server, whose servers run already")
+    elif args.served_name:
+        raise EvaluationError("--served-name: is of --server, which is not given")
     options = _options(
         args,
-        also=dict(args.also),
-        servers=dict(args.server),
+        also=_unique("--also", args.also),
+        servers=servers,
         served_name=args.served_name,
-        conditions=tuple(args.conditions.split(",")),
+        conditions=tuple((args.conditions or "quick").split(",")),
         permutations=args.permutations,
+        lambda_=args.cor_lambda,
     )
     if args.list_conditions:
         for condition in available(options):
             print(f"{condition.name}: {condition.description}")
         return 0
+    with _run():
+        text = _evaluated(options)
+    print(text)
+    return 0
+
+
+def _evaluated(options: Any) -> str:
+    from rich.console import Console
+
+    from cor_vllm.evaluate.pareto import pareto
+    from cor_vllm.evaluate.pipeline import evaluate
+    from cor_vllm.evaluate.report import render, silent, warnings
+
     found = evaluate(options, Console(stderr=True))
+    text = render(found)
+    (options.output / TABLE).write_text(text, encoding="utf-8")
+    for line in warnings(found, silent(found)):
+        print(f"warning: {line}", file=sys.stderr)
     for file in pareto(found, options.output):
         print(file, file=sys.stderr)
-    return _finish(options.output, render(found))
+    return text
 
 
 def run_tune(args: argparse.Namespace) -> int:
     """Run, choose, and report on the items that took no part."""
     from rich.console import Console
 
-    from cor_vllm.evaluate.tuning import tune
+    from cor_vllm.evaluate.tuning import parse_grid, tune
 
-    grid = [float(value) for value in args.grid.split(",")]
+    grid = parse_grid(args.grid)
     options = _options(args)
-    return _finish(options.output, tune(options, grid, Console(stderr=True)))
-
-
-def _finish(folder: Path, text: str) -> int:
-    (folder / TABLE).write_text(text)
+    with _run():
+        text = tune(options, grid, Console(stderr=True))
+        (options.output / TABLE).write_text(text, encoding="utf-8")
     print(text)
     return 0
 
 
+@contextlib.contextmanager
+def _run() -> Iterator[None]:
+    """Around what measures: stdout is for the table, no process outlives this one, OSErrors are one line.
+
+    vLLM, its libraries in C and the processes that they start write to file descriptor 1, whatever Python's
+    own sys.stdout is.
+
+    Raises:
+        EvaluationError: a file cannot be read or written.
+    """
+    from cor_vllm import lifetime
+    from cor_vllm.evaluate.benchmarks import EvaluationError
+
+    lifetime.guard()
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except OSError as error:
+        raise EvaluationError(str(error)) from error
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _unique(flag: str, pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """NAME=… by name; a name that is there twice would lose one of them."""
+    from cor_vllm.evaluate.benchmarks import EvaluationError
+
+    found: dict[str, str] = {}
+    for name, value in pairs:
+        if name in found:
+            raise EvaluationError(f"{flag} {name}=…: is there twice; give each its own name")
+        found[name] = value
+    return found
+
+
 def _options(args: argparse.Namespace, **more: Any) -> Any:
     from cor_vllm.evaluate.benchmarks import EvaluationError
-    from cor_vllm.evaluate.pipeline import EvaluateOptions
+    from cor_vllm.evaluate.options import EvaluateOptions
 
     served = bool(more.get("servers"))
-    if args.rest and (args.backend != "vllm" or served):
+    backend = "server" if served else args.backend or "vllm"
+    if args.rest and backend != "vllm":
         raise EvaluationError(f"{' '.join(args.rest)}: unknown, and there is no engine to pass it to")
-    return EvaluateOptions(
+    if args.device and backend != "transformers":
+        raise EvaluationError("--device: is of --backend transformers")
+    dtype = args.dtype or "auto"
+    return EvaluateOptions.of(
         model=args.model,
         output=args.output,
         scores=args.cor_scores,
-        backend="server" if served else args.backend,
+        backend=backend,
         tasks=tuple(args.tasks.split(",")),
         data=args.data,
         limit=args.limit,
-        lambda_=args.cor_lambda,
         batch_size=args.batch_size,
+        max_model_len=args.max_model_len,
         seed=args.seed,
-        dtype=args.dtype,
+        dtype=dtype,
         device=args.device,
-        engine=_engine_arguments(args.rest),
+        engine=_engine_arguments(args.rest, args.model, args.seed, dtype),
         **more,
     )
 
 
-def _engine_arguments(flags: list[str]) -> dict[str, Any]:
+def _engine_arguments(flags: list[str], model: str, seed: int, dtype: str) -> dict[str, Any]:
     """vLLM's flags as arguments of vllm.LLM: those that were given, under vLLM's own parser."""
     if not flags:
         return {}
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    with _run():
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="cor-vllm evaluate"))
-    given, default = vars(parser.parse_args(flags)), vars(parser.parse_args([]))
-    return {name: value for name, value in given.items() if value != default[name]}
+        from cor_vllm import register
+        from cor_vllm.engine_flags import FlagError, Own, given
+        from cor_vllm.evaluate.benchmarks import EvaluationError
+
+        own = {
+            "model": Own(model, f"what is measured, and named in the table, is {model}"),
+            "tokenizer": Own(model, f"prompts are made with {model}'s own tokenizer, as on every back end"),
+            "served_model_name": Own((), f"the table names {model}"),
+            "seed": Own(seed, "give --seed to this command itself"),
+            "dtype": Own(dtype, "give --dtype to this command itself"),
+            "max_model_len": Own((), "give --max-model-len to this command itself"),
+            "logprobs_mode": Own("raw_logprobs", "what is scored are log-probabilities"),
+            "cor_": Own(
+                (), "each row of the table has its own routing; choose rows, by --conditions or --grid"
+            ),
+        }  # fmt: skip
+        register()  # vLLM's parser then knows the --cor-… flags, which are refused by name
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="cor-vllm evaluate"))
+        try:
+            return given(parser, flags, own)
+        except FlagError as error:
+            raise EvaluationError(str(error)) from None

@@ -86,17 +86,13 @@ def _noise(scores: Scores, seed: int) -> torch.Tensor:
     return scaled - scaled.min(dim=1, keepdim=True).values
 
 
-def table(sources: Sources, lam: float, permutations: int = PERMUTATIONS) -> list[Condition]:
-    """Every condition, in the order of the table.
+def modes(biased: dict[str, Any]) -> list[Condition]:
+    """The conditions that are defined without a scores file at hand.
 
     Args:
-        sources: the scores files.
-        lam: λ where a condition does not set its own.
-        permutations: of the CEI of each file.
+        biased: how λ is set; empty: by the file that a server has.
     """
-    main = sources.scores[""]
-    biased = {"lambda": lam}
-    rows = [
+    return [
         Condition(STANDARD, "the model's own routing, no plugin"),
         Condition(AGAIN, "the same once more: the noise of the measurement itself"),
         Condition("off", "mode off: stock routing through the plugin", {"mode": "off"}),
@@ -108,6 +104,24 @@ def table(sources: Sources, lam: float, permutations: int = PERMUTATIONS) -> lis
             "full-fused", "full, weights from the score", {"mode": "full", "weights": "fused", **biased}
         ),
     ]
+
+
+# What the names of the other conditions look like; a server's own name must not.
+DEFINED_BY_A_FILE = ("static-*", "expert-lambda*", "expert-swap*", "*-permuted*", "random-bias", "*@*")
+NOT_ON_A_SERVER = ("gate-router", "gate-output", "dola", "iti", "full-dola")
+
+
+def table(sources: Sources, lam: float, permutations: int = PERMUTATIONS) -> list[Condition]:
+    """Every condition, in the order of the table.
+
+    Args:
+        sources: the scores files.
+        lam: λ where a condition does not set its own.
+        permutations: of the CEI of each file.
+    """
+    main = sources.scores[""]
+    biased = {"lambda": lam}
+    rows = modes(biased)
     for seed in range(permutations):
         rows.append(
             Condition(

@@ -1,21 +1,64 @@
 """The harness's three ways to a model: transformers in this process, vLLM in this process, a server."""
 
+import logging
 import random
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from cor_vllm.calibrate.moe_model import MoeModel
 from cor_vllm.evaluate.benchmarks import Benchmark, EvaluationError, task_manager
-from cor_vllm.evaluate.items import read_items
+from cor_vllm.evaluate.items import chance, read_items
+from cor_vllm.evaluate.prompts import Fitted, is_cut, length, new_tokens, resolve_limit
 from cor_vllm.evaluate.runs import Column
 
-Progress = Callable[[str], None]
 CANARY = ("The capital of France is", (" Paris", " a large city in the north of the country of France"))
+
+
+class _Refusals(logging.Handler):
+    """What a server last answered to a request that it refused: the harness logs it and raises without it."""
+
+    last = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message.startswith("API request failed"):
+            self.last = " ".join(message.removesuffix(". Retrying...").split())[:300]
+
+
+_refusals = _Refusals()
+
+
+def quiet() -> None:
+    """Leave out what the harness logs: what matters of it, prompts that are cut, is counted and said."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    requests = logging.getLogger("lm_eval.models.api_models")
+    if _refusals not in requests.handlers:
+        requests.setLevel(logging.WARNING)
+        requests.propagate = False
+        requests.addHandler(_refusals)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        EvaluationError: there is none that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # of files, of the hub, of tokenizers that lack a package
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EvaluationError(
+            f"{model}: its tokenizer cannot be loaded ({reason}); MODEL must be the folder of a checkpoint "
+            "with its tokenizer, or a hub id"
+        ) from error
 
 
 class _Final(torch.Tensor):
@@ -28,17 +71,20 @@ class _Final(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def transformers_model(model: MoeModel, tokenizer: Any, batch_size: int) -> Any:
+def transformers_model(
+    model: MoeModel, tokenizer: Any, batch_size: int, max_model_len: int | None = None
+) -> Any:
     """The harness's model over one that is loaded and may be intervened on.
 
     Interventions by hooks need nothing more. `forward` ([B, S] ids → logits), where set, takes the model's
     place in scoring; `around` (benchmark, whether it generates → context manager) is what to do to all of a
     benchmark, `folds` (0 or 1 → context manager) to its items of even and odd number. `final`: what the model
-    returns are no logits, and not to be normalised.
+    returns are no logits, and not to be normalised. `max_model_len`: tokens of a prompt and its answer; None:
+    all that the model has positions for.
     """
     from lm_eval.models.huggingface import HFLM
 
-    class Routed(HFLM):
+    class Routed(Fitted, HFLM):
         forward: Callable[[torch.Tensor], torch.Tensor] | None = None
         around: Callable[[Benchmark, bool], AbstractContextManager[None]] | None = None
         folds: Callable[[int], AbstractContextManager[None]] | None = None
@@ -51,10 +97,12 @@ def transformers_model(model: MoeModel, tokenizer: Any, batch_size: int) -> Any:
             with torch.inference_mode():
                 return self.forward(inps)
 
-    return Routed(
+    lm = Routed(
         pretrained=model.model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device),
         softmax_dtype=torch.float32,  # logits of a bfloat16 model are, too
     )  # fmt: skip
+    lm.limit = lm._max_length = resolve_limit(lm.max_length, max_model_len, "the model")
+    return lm
 
 
 def engine_model(model: str, options: dict[str, Any] | None, arguments: dict[str, Any]) -> Any:
@@ -69,15 +117,22 @@ def engine_model(model: str, options: dict[str, Any] | None, arguments: dict[str
 
     from cor_vllm.cpu import mended_arguments
 
+    class Engine(Fitted, VLLM):
+        pass
+
     arguments, changes = mended_arguments(model, arguments)
     for line in changes:
         print(f"cor-vllm: {line}", file=sys.stderr)
     if options is not None:
-        arguments = arguments | {"additional_config": {"cor": options}}
-    return VLLM(pretrained=model, **arguments)
+        arguments = arguments | {
+            "additional_config": {**(arguments.get("additional_config") or {}), "cor": options}
+        }
+    lm = Engine(pretrained=model, **arguments)
+    lm.limit = lm.max_length
+    return lm
 
 
-def server_model(model: str, url: str, served_name: str, batch_size: int) -> Any:
+def server_model(model: str, url: str, served_name: str, batch_size: int, limit: int) -> Any:
     """The harness's model over an OpenAI-compatible server.
 
     Args:
@@ -85,14 +140,59 @@ def server_model(model: str, url: str, served_name: str, batch_size: int) -> Any
         url: the server's address with or without /v1.
         served_name: what the server calls the model.
         batch_size: prompts per request.
+        limit: tokens of a prompt and its answer.
     """
     from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from lm_eval.models.utils import has_bos_prefix
 
-    base = url.rstrip("/").removesuffix("/v1")
-    return LocalCompletionsAPI(
+    class Server(Fitted, LocalCompletionsAPI):
+        def tok_encode(self, string: Any, add_special_tokens: bool | None = None, **kwargs: Any) -> Any:
+            """As the harness does it for models in this process, which begin a text as the tokenizer does."""
+            if not isinstance(string, str):
+                return [self.tok_encode(text, add_special_tokens) for text in string]
+            if add_special_tokens is None and has_bos_prefix(
+                string, self.tokenizer.decode(self.prefix_token_id)
+            ):
+                add_special_tokens = False
+            extra = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+            return self.tokenizer.encode(string, **extra)
+
+        def generate_until(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+            for request in requests:  # the one name that this class of the harness knows
+                context, generation = request.args
+                request.arguments = (context, {**generation, "max_gen_toks": new_tokens(generation)})
+            with _answered(url):
+                return super().generate_until(requests, *args, **kwargs)
+
+        def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+            with _answered(url):
+                return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    load_tokenizer(model)  # its errors are one line
+    base = url.rstrip("/").removesuffix("/v1").rstrip("/")
+    lm = Server(
         model=served_name, base_url=f"{base}/v1/completions", tokenizer=model, batch_size=batch_size,
-        num_concurrent=4, max_retries=3, timeout=600,
+        tokenizer_backend="huggingface", add_bos_token=None, num_concurrent=4, max_retries=3, timeout=600,
     )  # fmt: skip
+    lm.limit = lm.max_length = limit
+    return lm
+
+
+@contextmanager
+def _answered(url: str) -> Iterator[None]:
+    """EvaluationError where a server does not answer, or with something else."""
+    from aiohttp import ClientError
+
+    _refusals.last = ""
+    try:
+        yield
+    except EvaluationError:
+        raise
+    except (ClientError, OSError, LookupError, TypeError, ValueError) as error:
+        reason = _refusals.last or f"{type(error).__name__}: {error}"
+        raise EvaluationError(
+            f"{url}: a request failed, also when repeated ({reason}); the same command goes on from here"
+        ) from error
 
 
 def canary(lm: Any, where: str) -> None:
@@ -150,16 +250,19 @@ def measure(
     def count_tokens(context: str, text: str) -> int:
         return len(lm.tok_encode(context + text)) - len(lm.tok_encode(context))
 
-    tokens = sum(
-        len(lm.tok_encode("".join(part for part in request if isinstance(part, str))))
-        for rows in samples.values()
+    counted = {  # other filters read the same answers otherwise
+        f"{name}/{row['doc_id']}": row["arguments"]
+        for name, rows in samples.items()
         for row in rows
-        for request in row["arguments"]
-    )
+        if row["filter"] == benchmark.filter
+    }
     return Column(
         metric=benchmark.metric,
         items=read_items(benchmark, samples, count_tokens),
-        tokens=tokens,
+        chance=chance(benchmark, samples),
+        max_model_len=lm.limit,
+        cut=[item for item, requests in counted.items() if any(is_cut(lm, each) for each in requests)],
+        tokens=sum(length(lm, each) for requests in counted.values() for each in requests),
         seconds=seconds,
     )
 

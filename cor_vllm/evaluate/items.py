@@ -61,3 +61,14 @@ def _gold_and_margin(likelihoods: np.ndarray, right: list[int]) -> dict[str, flo
         return {}
     gold = likelihoods[is_right].mean()
     return {"gold": float(gold), "margin": float(gold - likelihoods[~is_right].mean())}
+
+
+def chance(benchmark: Benchmark, samples: dict[str, list[dict[str, Any]]]) -> float | None:
+    """The mean score of guessing, 0 to 1; None where the benchmark is no choice among answers."""
+    shares = []
+    for task, rows in samples.items():
+        for row in rows:
+            likelihoods = _likelihoods(row) if row["filter"] == benchmark.filter else None
+            if likelihoods is not None:
+                shares.append(len(_right_answers(task, row)) / len(likelihoods))
+    return sum(shares) / len(shares) if shares else None

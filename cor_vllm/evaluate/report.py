@@ -1,15 +1,15 @@
 """The table: every condition against standard on the same items, with what noise would do beside it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cor_vllm.evaluate import paper
+from cor_vllm.evaluate import paper, verdict
 from cor_vllm.evaluate.conditions import AGAIN, STANDARD
 from cor_vllm.evaluate.runs import Run
 from cor_vllm.evaluate.statistics import Difference, compare, holm, item_means, mean
 
-SIGNIFICANT = 0.01
+SIGNIFICANT, NOISE = 0.01, 0.05  # corrected p below which a difference is bold, and from which it is noise
 QUANTITIES = {"score": "accuracy, points", "gold": "right answer, nats", "margin": "right minus wrong, nats"}
 
 
@@ -93,35 +93,73 @@ def against_permuted(runs: Sequence[Run], quantity: str, seed: int = 0) -> dict[
     }
 
 
+def silent(runs: Sequence[Run], reference: str = STANDARD) -> dict[str, str]:
+    """Benchmark → why it cannot tell whether rows differ, of those that do not tell so all the same."""
+    candidates = verdict.without_room(runs)
+    if not candidates or reference not in {run.condition for run in runs}:
+        return candidates
+    compared = cells(runs, "score", reference)
+    told = {name for (_, name), cell in compared.items() if cell.corrected < NOISE}
+    return {name: reason for name, reason in candidates.items() if name not in told}
+
+
+def warnings(runs: Sequence[Run], cannot_tell: Mapping[str, str]) -> list[str]:
+    """What a reader must know before the numbers, one line each.
+
+    Args:
+        runs: the table's rows.
+        cannot_tell: of `silent`.
+    """
+    return [
+        *(f"{name}: cannot tell a difference, {reason}" for name, reason in cannot_tell.items()),
+        *verdict.notes(runs),
+    ]
+
+
 def render(runs: Sequence[Run], reference: str = STANDARD) -> str:
     """The whole report as Markdown: one table per quantity, the paper's numbers, what each row is."""
     names = list(dict.fromkeys(name for run in runs for name in run.benchmarks))
-    first = runs[0]
+    first, cannot_tell = runs[0], silent(runs, reference)
     parts = [
         f"# {first.model}: {len(runs)} conditions on the same items",
         f"Back end: {first.backend}. Versions: "
         + ", ".join(f"{name} {version}" for name, version in first.versions.items())
-        + ".",
+        + "."
+        + _engine(first),
         "Differences are to `"
         + reference
         + "`, item by item, with 95 % bootstrap intervals. p: McNemar's exact "
         "test, or sign flips where scores are not 0 or 1; corrected for the number of cells (Holm). "
-        f"**Bold**: corrected p < {SIGNIFICANT}. *Noise*: corrected p ≥ 0.05, or no larger than the "
-        f"difference between two runs of the same thing (`{AGAIN}`).",
+        f"**Bold**: corrected p < {SIGNIFICANT}. *Noise*: corrected p ≥ {NOISE}, or no larger than the "
+        f"difference between two runs of the same thing (`{AGAIN}`). *Cannot tell*: noise on a benchmark on "
+        "which no row could have differed.",
+        *(f"**Warning:** {line}." for line in warnings(runs, cannot_tell)),
     ]
     if reference not in {run.condition for run in runs}:
-        return "\n\n".join([*parts, f"There is no run named {reference}: nothing to compare with."])
+        nothing = f"There is no run named {reference}: nothing to compare with."
+        return "\n\n".join([*parts, nothing, "## What the rows are", _legend(runs)]) + "\n"
     for quantity, title in QUANTITIES.items():
         shown = [
             n for n in names if any(quantity in r.benchmarks[n].items for r in runs if n in r.benchmarks)
         ]
         if shown:
-            parts += [f"## {title[0].upper()}{title[1:]}", _table(runs, shown, quantity, reference)]
+            parts += [
+                f"## {title[0].upper()}{title[1:]}",
+                _table(runs, shown, quantity, reference, cannot_tell),
+            ]
     parts += [*_controls(runs, names), "## What the rows are", _legend(runs)]
     return "\n\n".join(parts) + "\n"
 
 
-def _table(runs: Sequence[Run], names: Sequence[str], quantity: str, reference: str) -> str:
+def _engine(run: Run) -> str:
+    """The flags of the engine, which are part of what was measured."""
+    flags = run.settings.get("engine") or {}
+    return f" Engine: {', '.join(f'{name} {value}' for name, value in flags.items())}." if flags else ""
+
+
+def _table(
+    runs: Sequence[Run], names: Sequence[str], quantity: str, reference: str, cannot_tell: Mapping[str, str]
+) -> str:
     compared = cells(runs, quantity, reference)
     scale = 100 if quantity == "score" else 1
     lines = ["| condition | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
@@ -134,7 +172,8 @@ def _table(runs: Sequence[Run], names: Sequence[str], quantity: str, reference: 
                 continue
             value = mean(column.items[quantity]) * scale
             cell = compared.get((run.condition, name))
-            text = f"{value:.2f}" if cell is None else f"{value:.2f} ({_difference(cell, scale)})"
+            word = "cannot tell" if quantity == "score" and name in cannot_tell else "noise"
+            text = f"{value:.2f}" if cell is None else f"{value:.2f} ({_difference(cell, scale, word)})"
             reported = paper.of(run.model, run.condition).get(name) if quantity == "score" else None
             values.append(text if reported is None else f"{text}; paper {reported:.2f}")
         lines.append(f"| {run.condition} | " + " | ".join(values) + " |")
@@ -172,14 +211,14 @@ def _controls(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
     ]
 
 
-def _difference(cell: Cell, scale: float) -> str:
+def _difference(cell: Cell, scale: float, noise: str = "noise") -> str:
     found = cell.found
     text = (
         f"{found.difference * scale:+.2f} [{found.low * scale:+.2f}, {found.high * scale:+.2f}], "
         f"p {_p(cell.corrected)}"
     )
-    if cell.corrected >= 0.05 or abs(found.difference) <= cell.noise:
-        return f"{text}, *noise*"
+    if cell.corrected >= NOISE or abs(found.difference) <= cell.noise:
+        return f"{text}, *{noise}*"
     return f"**{text}**" if cell.corrected < SIGNIFICANT else text
 
 
@@ -189,16 +228,25 @@ def _p(value: float) -> str:
 
 def _legend(runs: Sequence[Run]) -> str:
     lines = [
-        "| condition | what | experts per token, all layers | slots changed | tokens/s |",
-        "| --- | --- | --- | --- | --- |",
+        "| condition | what | prompts cut | experts per token, all layers | slots changed | tokens/s |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for run in runs:
         timed = [(column.tokens, column.seconds) for column in run.benchmarks.values() if column.seconds]
         speed = f"{sum(t for t, _ in timed) / sum(s for _, s in timed):.0f}" if timed else ""
         lines.append(
-            f"| {run.condition} | {run.description} | "
+            f"| {run.condition} | {run.description} | {_cut(run)} | "
             f"{'' if run.activations is None else f'{run.activations:g}'} | "
             f"{'' if run.slots_changed is None else f'{run.slots_changed:.1%}'} | "
             f"{speed} |"
         )
     return "\n".join(lines)
+
+
+def _cut(run: Run) -> str:
+    cut = sum(len(column.cut) for column in run.benchmarks.values())
+    lengths = {column.max_model_len for column in run.benchmarks.values() if column.max_model_len}
+    if not cut:
+        return "none" if lengths else ""
+    of = sum(len(column.items["score"]) for column in run.benchmarks.values())
+    return f"{cut} of {of}, at {min(lengths)} tokens"

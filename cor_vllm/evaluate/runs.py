@@ -21,6 +21,9 @@ class Column(BaseModel):
     items: Items
     tokens: int  # read by the model for it
     seconds: float | None  # of evaluation alone; None: a part came from an interrupted run, at no cost
+    chance: float | None = None  # the score of guessing, 0 to 1; None: not a choice, or a run of before
+    max_model_len: int | None = None  # tokens of a prompt and its answer; None: a run of before
+    cut: list[str] = []  # items whose prompt was longer and lost its beginning
 
 
 class Run(BaseModel):
@@ -38,6 +41,7 @@ class Run(BaseModel):
     activations: float | None = None  # routed experts per token, summed over the layers
     slots_changed: float | None = None  # 0 to 1, of the slots that this condition filled
     versions: dict[str, str]
+    notes: list[str] = []  # what a reader of the numbers must know
     benchmarks: dict[str, Column] = {}
 
 
@@ -55,14 +59,18 @@ def save(folder: Path, run: Run) -> None:
     """Write a run atomically."""
     path = path_of(folder, run.condition)
     partial = path.with_suffix(".partial")
-    partial.write_text(run.model_dump_json(indent=1))
-    os.replace(partial, path)
+    try:
+        partial.write_text(run.model_dump_json(indent=1), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def load(path: Path) -> Run:
     """Read a run; EvaluationError where the file is not one."""
     try:
-        return Run.model_validate_json(path.read_text())
+        return Run.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, OSError, UnicodeDecodeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise EvaluationError(f"{path}: not a result of this version ({reason}); delete it") from None

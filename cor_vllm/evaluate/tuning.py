@@ -1,13 +1,16 @@
 """`cor-vllm tune`: mode and λ chosen on one half of the items, reported on the other."""
 
+import math
 import random
 from collections.abc import Sequence
 
 from rich.console import Console
 
+from cor_vllm.evaluate.benchmarks import EvaluationError
 from cor_vllm.evaluate.conditions import AGAIN, STANDARD, Condition
-from cor_vllm.evaluate.pipeline import EvaluateOptions, evaluate
-from cor_vllm.evaluate.report import render
+from cor_vllm.evaluate.options import EvaluateOptions
+from cor_vllm.evaluate.pipeline import evaluate
+from cor_vllm.evaluate.report import render, silent, warnings
 from cor_vllm.evaluate.runs import Column, Run
 from cor_vllm.evaluate.statistics import mean
 
@@ -21,10 +24,26 @@ def grid_conditions(grid: Sequence[float]) -> list[Condition]:
     ]
     for mode in ("expert", "full"):
         rows += [
-            Condition(f"{mode}-lambda{lam:g}", f"{mode} at λ = {lam:g}", {"mode": mode, "lambda": lam})
+            Condition(f"{mode}-lambda{lam}", f"{mode} at λ = {lam}", {"mode": mode, "lambda": lam})
             for lam in grid
         ]
     return rows
+
+
+def parse_grid(text: str) -> list[float]:
+    """λ separated by commas; EvaluationError if one is not a number above 0, or is there twice."""
+    grid: list[float] = []
+    for part in text.split(","):
+        try:
+            lam = float(part)
+        except ValueError:
+            lam = math.nan
+        if not 0 < lam < math.inf:
+            raise EvaluationError(f"--grid {text}: {part.strip()!r} is not a number above 0; like 0.05,0.1")
+        if lam in grid:
+            raise EvaluationError(f"--grid {text}: {lam} is there twice")
+        grid.append(lam)
+    return grid
 
 
 def tune(options: EvaluateOptions, grid: Sequence[float], console: Console) -> str:
@@ -37,11 +56,18 @@ def tune(options: EvaluateOptions, grid: Sequence[float], console: Console) -> s
         Markdown.
     """
     rows = grid_conditions(grid)
+    if options.limit == 1:
+        raise EvaluationError("--limit 1: tune needs items to choose on and items to report on: 2 or more")
     runs = evaluate(options, console, rows)
+    for name, column in runs[0].benchmarks.items():
+        if len(column.items["score"]) < 2:
+            raise EvaluationError(f"{name}: has one item, and tune needs two or more: take other --tasks")
     halves = [halve(run, options.seed) for run in runs]
     candidates = [tuning for tuning, _ in halves if tuning.condition != AGAIN]
     best = max(candidates, key=mean_score)
     shown = [report for _, report in halves if report.condition in (STANDARD, AGAIN, best.condition)]
+    for line in warnings(shown, silent(shown)):
+        console.print(f"warning: {line}", highlight=False, markup=False)
     lines = ["| condition | mean score on the tuning half, percent |", "| --- | --- |"]
     lines += [f"| {run.condition} | {mean_score(run) * 100:.2f} |" for run in candidates]
     flags = _flags(next(row for row in rows if row.name == best.condition))
@@ -69,7 +95,8 @@ def halve(run: Run, seed: int) -> tuple[Run, Run]:
                 quantity: {item: value for item, value in values.items() if (item in tuning) == (i == 0)}
                 for quantity, values in column.items.items()
             }
-            side[name] = column.model_copy(update={"items": kept})
+            cut = [item for item in column.cut if (item in tuning) == (i == 0)]
+            side[name] = column.model_copy(update={"items": kept, "cut": cut})
     first, second = (run.model_copy(update={"benchmarks": side}) for side in sides)
     return first, second
 

@@ -246,7 +246,7 @@ def test_runs_go_on_and_refuse_others_of_the_same_name(tmp_path: Path) -> None:
 def test_a_benchmark_that_went_on_after_an_interruption_has_no_speed() -> None:
     resumed = run("full", BETTER)
     resumed.benchmarks["triviaqa"].seconds = None
-    assert render([run("standard", WORSE), resumed]).splitlines()[-1].endswith("what full is |  |  |  |")
+    assert render([run("standard", WORSE), resumed]).splitlines()[-1].endswith("what full is |  |  |  |  |")
 
 
 def test_halves_share_no_item_and_are_the_same_for_every_run() -> None:

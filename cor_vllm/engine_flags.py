@@ -1,0 +1,50 @@
+"""vLLM's own flags on our commands: which were given, and that none contradicts the command itself."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class FlagError(ValueError):
+    """A flag that cannot be passed on to vLLM's engine: one line with the flag and the remedy."""
+
+
+class Own(NamedTuple):
+    """What a command sets itself."""
+
+    value: object  # the same value may be given again; () is nothing's value
+    reason: str  # why no other may be given, and what to do
+
+
+def given(parser: argparse.ArgumentParser, flags: Sequence[str], own: Mapping[str, Own]) -> dict[str, Any]:
+    """What these flags set in vLLM, by the names of its arguments.
+
+    It asks vLLM's parser, so that an abbreviation, an underscore, a dotted flag or a --config FILE says the
+    same as the flag that it stands for.
+
+    Args:
+        parser: vLLM's, with the flags of its engine; it keeps no default.
+        flags: of the command line, without those that the command itself knows.
+        own: the arguments that the command sets; all of `cor_` where it holds "cor_".
+
+    Raises:
+        FlagError: a flag says otherwise than the command, or the flags cannot be read.
+    """
+    for flag in flags:
+        if flag.startswith("--config="):
+            raise FlagError(f"{flag}: vLLM takes no notice of this form; give --config FILE, with a space")
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # what is in the result was given
+    try:
+        found = vars(parser.parse_args(list(flags)))
+    except Exception as error:  # of YAML, of files, of vLLM's own checks
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FlagError(f"{' '.join(flags)}: vLLM cannot read these flags ({reason})") from error
+    for name, value in found.items():
+        set_here = own.get(name) or (own.get("cor_") if name.startswith("cor_") else None)
+        if set_here and value != set_here.value:
+            raise FlagError(f"--{name.replace('_', '-')}: {set_here.reason}")
+    additional = found.get("additional_config")
+    if isinstance(additional, dict) and "cor" in additional and "cor_" in own:
+        raise FlagError(f'--additional-config with "cor": {own["cor_"].reason}')
+    return found

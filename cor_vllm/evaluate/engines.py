@@ -1,0 +1,143 @@
+"""The rows that vLLM measures in this machine: one engine per condition, in a process of its own."""
+
+import multiprocessing
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from rich.console import Console
+
+from cor_vllm import lifetime
+from cor_vllm import scores as scores_file
+from cor_vllm.config import CorConfig, disabled, plan
+from cor_vllm.evaluate.benchmarks import EvaluationError, chosen, load_task
+from cor_vllm.evaluate.claims import Claim, check
+from cor_vllm.evaluate.completion import complete, new_run, ready
+from cor_vllm.evaluate.conditions import Condition, Sources
+from cor_vllm.evaluate.harness import engine_model, quiet
+from cor_vllm.evaluate.options import EvaluateOptions, read_sources, scores_path
+from cor_vllm.state import combine
+
+
+def check_enabled(conditions: list[Condition]) -> None:
+    """Refuse to call a row counterfactual routing where the plugin is switched off.
+
+    Raises:
+        EvaluationError: COR_DISABLE is set.
+    """
+    names = [condition.name for condition in conditions if condition.options is not None]
+    if names and disabled():
+        raise EvaluationError(
+            f"COR_DISABLE is set, under which {', '.join(names)} would be stock routing: unset it"
+        )
+
+
+def in_own_process(options: EvaluateOptions, condition: Condition) -> None:
+    """Measure a condition in a process of its own: vLLM gives its memory back only when its process ends.
+
+    Raises:
+        EvaluationError: it failed; the reason that the process gave.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_engine_main, args=(options, condition, sender))
+    child.start()
+    sender.close()
+    try:
+        child.join()
+    except BaseException:
+        assert child.pid is not None, "it was started"
+        lifetime.end_tree(child.pid)
+        child.join()
+        raise
+    if child.exitcode:
+        try:
+            reason = receiver.recv()
+        except EOFError:
+            reason = f"its process ended with exit code {child.exitcode}, see above"
+        raise EvaluationError(f"{condition.name}: {reason}; the same command goes on from here")
+
+
+def _engine_main(options: EvaluateOptions, condition: Condition, reasons: Connection) -> None:
+    lifetime.guard()
+    try:
+        _measure(options, condition)
+    except EvaluationError as error:
+        reasons.send(str(error))
+        sys.exit(1)
+    except (ValueError, RuntimeError, OSError) as error:  # what vLLM raises for an engine that does not start
+        traceback.print_exc()
+        reasons.send(f"its engine failed ({_reason(error)})")
+        sys.exit(1)
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if "errors.pydantic.dev" not in line]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _measure(options: EvaluateOptions, condition: Condition) -> None:
+    from cor_vllm import register
+
+    register()
+    quiet()
+    console = Console(stderr=True)
+    sources = read_sources(options)
+    benchmarks = {benchmark: load_task(benchmark, options.data) for benchmark in chosen(options.tasks)}
+    run = new_run(options, condition, "vllm", {"engine": options.engine, "dtype": options.dtype})
+    run.activations = _activations(condition, sources)
+    arguments = {"dtype": options.dtype, "seed": options.seed, **options.engine}
+    if options.max_model_len is not None:
+        arguments["max_model_len"] = options.max_model_len
+
+    def open_model() -> tuple[Any, list[str]]:
+        served, claim = _served(options, sources, condition)
+        lm = engine_model(options.model, served, arguments)
+        check_routing(lm, condition.name, claim)
+        return lm, ready(lm, condition.name, options, console)
+
+    complete(options, benchmarks, run, open_model, console)
+
+
+def check_routing(lm: Any, name: str, claim: Claim) -> None:
+    """Ask the workers of an engine how they route.
+
+    Args:
+        lm: harness.engine_model.
+        name: the row's.
+        claim: what it stands for.
+
+    Raises:
+        EvaluationError: it is not what the row is called.
+    """
+    if not hasattr(lm, "model"):
+        return  # data parallel by the harness: there is an engine only while a benchmark runs
+    engine: Callable[..., list[dict[str, Any]]] = lm.model.collective_rpc
+    options = (lm.model.llm_engine.vllm_config.additional_config or {}).get("cor")
+    state = None if options is None else combine([engine("cor_status")])
+    check("the engine", name, claim, state)
+
+
+def _served(
+    options: EvaluateOptions, sources: Sources, condition: Condition
+) -> tuple[dict[str, Any] | None, Claim]:
+    """`additional_config["cor"]`, with the condition's own scores file where it changes the scores."""
+    if condition.options is None:
+        return None, Claim(None)
+    path, scores = scores_path(options, condition), sources.scores[condition.source]
+    if condition.change is not None:
+        path, scores = options.output / f"{condition.name}.safetensors", condition.change(scores)
+        scores_file.save(path, scores)
+    sha256 = scores_file.digest(scores_file.read_bytes(path))
+    return {"scores": str(path), **condition.options}, Claim(condition.options, scores, sha256)
+
+
+def _activations(condition: Condition, sources: Sources) -> float:
+    scores = sources.scores[condition.source]
+    if condition.options is None:
+        return float(scores.config.model.top_k * scores.num_layers)
+    config = CorConfig.of({"scores": "-", **condition.options}).resolved(scores.config.serving)
+    return float(sum(layer.top_k for layer in plan(config, scores).values()))

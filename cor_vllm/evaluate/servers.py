@@ -1,0 +1,262 @@
+"""Servers that run already, as rows of the table: what each says of itself, held against its name."""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+from cor_vllm import scores as scores_file
+from cor_vllm.evaluate.benchmarks import EvaluationError
+from cor_vllm.evaluate.claims import Claim, check, described, state_of
+from cor_vllm.evaluate.conditions import (
+    AGAIN,
+    DEFINED_BY_A_FILE,
+    NOT_ON_A_SERVER,
+    STANDARD,
+    Condition,
+    modes,
+)
+from cor_vllm.scores import Scores
+from cor_vllm.state import State
+
+NAME = re.compile(r"[\w+@-][\w.+@-]*")  # also the name of a file
+TIMEOUT_SECONDS = 30
+NO_SUCH_PATH = (404, 405, 501)
+KEY_WANTED = (401, 403)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server as it describes itself."""
+
+    name: str  # of the row
+    url: str
+    served_name: str  # what it calls the model
+    root: str | None  # the model that it was started with, if it says so
+    max_model_len: int | None  # tokens of a prompt and its answer, if it says so
+    cor: Any  # what GET /v1/cor answers; None: there is no such path
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"server {self.name} ({self.url})"
+
+    @property
+    def state(self) -> State | None:
+        """How it routes; None: without counterfactual routing."""
+        return state_of(self.cor, self.where)
+
+
+def base_of(name: str, url: str) -> str:
+    """The address without /v1 and a closing slash.
+
+    Raises:
+        EvaluationError: it is not an address, or the name cannot be a row's.
+    """
+    if not NAME.fullmatch(name):
+        raise EvaluationError(
+            f"--server {name}={url}: a row's name is also a file's: letters, digits, and . _ + @ - within"
+        )
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise EvaluationError(f"--server {name}={url}: not an address like http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def check_addresses(servers: Mapping[str, str]) -> None:
+    """One server cannot be two rows, except standard and its repeat.
+
+    Raises:
+        EvaluationError: it would be.
+    """
+    seen: dict[str, str] = {}
+    for name, url in servers.items():
+        base = base_of(name, url).lower()
+        first = seen.setdefault(base, name)
+        if first != name and {first, name} != {STANDARD, AGAIN}:
+            raise EvaluationError(
+                f"--server {name}={url}: the server of the row {first!r}, too; one server is one row (only "
+                f"{STANDARD} and {AGAIN} may be the same)"
+            )
+
+
+def look(name: str, url: str, model: str, served_name: str | None) -> Server:
+    """Ask a server what it is.
+
+    Args:
+        name: the row's.
+        url: the server's address, with or without /v1.
+        model: the model that the table is about: folder or hub id.
+        served_name: what the server calls it; None: its first model, which must be known by the model's name.
+
+    Raises:
+        EvaluationError: it does not answer, or serves another model.
+    """
+    base = base_of(name, url)
+    where = f"server {name} ({url})"
+    answer = _get(base, "models", where)
+    try:
+        entries = {str(entry["id"]): entry for entry in answer["data"]}
+        first = next(iter(entries))
+    except (LookupError, TypeError, StopIteration):
+        raise EvaluationError(f"{where}: does not say which models it has; is this its address?") from None
+    served = served_name or first
+    if served not in entries:
+        raise EvaluationError(f"{where}: has no model {served!r} (--served-name), but {', '.join(entries)}")
+    entry = entries[served]
+    root = str(entry["root"]) if entry.get("root") else None
+    if served_name is None and not any(_same_model(model, other) for other in (root, served) if other):
+        started = f", started as {root!r}" if root and root != served else ""
+        raise EvaluationError(
+            f"{where}: serves {served!r}{started}, not {model}; if that is the same model, say so with "
+            f"--served-name {served}"
+        )
+    length = entry.get("max_model_len")
+    return Server(
+        name, url, served, root, length if isinstance(length, int) else None, _get(base, "cor", where)
+    )
+
+
+def _same_model(model: str, other: str) -> bool:
+    """Whether two names can be of one model: the same folder, or the same last part."""
+    if Path(model).is_dir() and Path(other).is_dir():
+        return Path(model).resolve() == Path(other).resolve()
+    return _last(model) == _last(other)
+
+
+def _last(name: str) -> str:
+    path = str(Path(name).resolve()) if Path(name).is_dir() else name
+    return path.rstrip("/").split("/")[-1].lower()
+
+
+def _get(base: str, what: str, where: str, body: Any = None) -> Any:
+    """The JSON of BASE/v1/WHAT; None where there is no such path.
+
+    Raises:
+        EvaluationError: the server does not answer, or not so.
+    """
+    key = os.environ.get("OPENAI_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    if body is not None:
+        headers["Content-Type"] = "application/json"
+    request = Request(
+        f"{base}/v1/{what}" if body is None else f"{base}/{what}",
+        headers=headers,
+        data=None if body is None else json.dumps(body).encode(),
+    )
+    try:
+        with urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+            return json.load(answer)
+    except HTTPError as error:
+        if error.code in NO_SUCH_PATH and what != "models":
+            return None
+        if error.code in KEY_WANTED:
+            raise EvaluationError(
+                f"{where}: refuses /v1/{what} ({error.code}): set OPENAI_API_KEY to the key that it wants"
+            ) from None
+        reason = error.read(300).decode(errors="replace").strip().splitlines()
+        raise EvaluationError(
+            f"{where}: /v1/{what}: {error.code} {error.reason}{': ' + reason[0] if reason else ''}"
+        ) from None
+    except (OSError, HTTPException, ValueError) as error:
+        raise EvaluationError(
+            f"{where}: /v1/{what} does not answer ({error}); is the server up, and is this its address?"
+        ) from None
+
+
+def check_tokenizer(server: Server, tokenizer: Any) -> None:
+    """Hold the server's tokens of a text against those of the tokenizer that makes the prompts.
+
+    Raises:
+        EvaluationError: they differ: the server has another model.
+    """
+    text = "Montreux lies on Lake Geneva; 1,234 people (2019) said: naïve?"
+    body = {"model": server.served_name, "prompt": text, "add_special_tokens": False}
+    answer = _get(base_of(server.name, server.url), "tokenize", server.where, body)
+    theirs = answer.get("tokens") if isinstance(answer, dict) else None
+    if theirs is not None and theirs != tokenizer(text, add_special_tokens=False).input_ids:
+        raise EvaluationError(
+            f"{server.where}: {server.served_name!r} has another tokenizer than MODEL, which makes the "
+            "prompts: it serves another model"
+        )
+
+
+def check_unchanged(server: Server, model: str, served_name: str | None) -> None:
+    """Ask the server once more, after a measurement.
+
+    Raises:
+        EvaluationError: it is another one by now, or routes otherwise.
+    """
+    now = look(server.name, server.url, model, served_name)
+    if now != server:
+        raise EvaluationError(
+            f"{server.where}: changed while it was measured: before, {server.served_name}, "
+            f"{described(server.state)}; now {now.served_name}, {described(now.state)}. What was measured "
+            "meanwhile is not kept; the same command measures it again"
+        )
+
+
+def claimed(
+    server: Server,
+    rows: Mapping[str, Condition],
+    sources: Mapping[str, Scores],
+    files: Mapping[str, Path],
+    folder: Path,
+) -> Condition:
+    """The row of a server, after what it says was held against its name.
+
+    Args:
+        server: which.
+        rows: the conditions that the scores files have, by name; empty: no file was given.
+        sources: the scores by the name of their file.
+        files: the paths of these files.
+        folder: where a condition's own scores file is written, if the server should have that one.
+
+    Raises:
+        EvaluationError: it is not what it is called.
+    """
+    name, state = server.name, server.state
+    known = rows or {row.name: row for row in modes({})}
+    if name in NOT_ON_A_SERVER:
+        raise EvaluationError(f"--server {name}: only transformers can do that row: --backend transformers")
+    if name not in known:
+        if any(fnmatchcase(name, pattern) for pattern in DEFINED_BY_A_FILE):
+            remedy = (
+                "no such row: see --list-conditions" if rows else "give --cor-scores FILE, which defines it"
+            )
+            raise EvaluationError(f"--server {name}: a name of a row that a scores file defines; {remedy}")
+        return Condition(name, f"server {name}: {described(state)}")
+    condition = known[name]
+    scores = sources.get(condition.source)
+    claim = Claim(condition.options)
+    if condition.options is not None and scores is not None:
+        data = files[condition.source].read_bytes()
+        if condition.change is not None:
+            scores = condition.change(scores)
+            data = _written(scores, folder)
+        claim = Claim(condition.options, scores, scores_file.digest(data))
+        if condition.change is not None and state and state.scores_sha256 != claim.sha256:
+            kept = folder / f"{name}.safetensors"
+            scores_file.save(kept, scores)
+            raise EvaluationError(
+                f"{server.where} is not what the row {name!r} is called: it has another scores file than "
+                f"that row's, which is now in {kept}: start it with --cor-scores {kept}"
+            )
+    check(server.where, name, claim, state)
+    return Condition(name, f"{condition.description}; {described(state)}")
+
+
+def _written(scores: Scores, folder: Path) -> bytes:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        path = Path(scratch) / "scores.safetensors"
+        scores_file.save(path, scores)
+        return path.read_bytes()
