@@ -24,6 +24,7 @@ import torch
 from benchmarks import dummy_models
 from benchmarks.results import RESULTS, device_name, markdown, run_folder, write_rows
 from benchmarks.servers import ROOT, Contestant
+from cor_vllm import lifetime
 from examples.demo.server import last_error
 
 # row → family, layers, k_l of the MoE layers (Σ is the model's own), changes of the configuration
@@ -133,6 +134,7 @@ def judge(
 
 def all_rows(names: list[str], device: str, logs: Path) -> list[dict[str, Any]]:
     """A process per row: side by side on a GPU, which has room for all; one after the other on a CPU."""
+    lifetime.guard()
     running: dict[str, subprocess.Popen[str]] = {}
     for number, name in enumerate(names):
         command = [sys.executable, "-m", "benchmarks.families", "--one", name, "--device", device]

@@ -30,6 +30,7 @@ import torch
 
 from benchmarks.results import device_name, run_folder, versions
 from benchmarks.servers import ROOT
+from cor_vllm import lifetime
 
 # Seconds of each part; serving gets what is left, the last part's share set aside.
 PARTS = {"kernel_check": 90, "kernel": 130, "serving": 0, "families": 100}
@@ -106,6 +107,7 @@ def command_of(part: str, args: argparse.Namespace, folder: Path, seconds: float
 def run_part(name: str, command: list[str], seconds: float) -> Done:
     """Run it with its output passed on; after `seconds` it is interrupted, so that it stops its servers."""
     print(f"\n== {name}, at most {seconds:.0f} s", flush=True)
+    lifetime.guard()
     began = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
     timers = [

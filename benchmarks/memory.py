@@ -26,6 +26,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.calibration import random_sequences
 from benchmarks.results import device_name, write_rows
+from cor_vllm import lifetime
 from cor_vllm.calibrate import offload, pipeline
 from cor_vllm.calibrate.config import CalibrationOptions
 
@@ -89,6 +90,7 @@ def measure(layers: int) -> list[dict[str, Any]]:
         rows = []
         for weights in ("memory", "disk"):
             command = [sys.executable, "-m", "benchmarks.memory", "--one", str(folder), weights]
+            lifetime.guard()
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
             figures = json.loads(done.stdout.splitlines()[-1])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cor_vllm import lifetime
 from examples.demo.server import ServerFailed, environment, serve
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def count_experts(contestant: Contestant, setting: "Setting") -> "subprocess.Pop
     command = [sys.executable, "-m", "benchmarks.distinct", "--engine", json.dumps(engine), "--batches",
                *map(str, setting.batches), "--input-len", str(setting.input_len)]  # fmt: skip
     env = contestant.env() | {"VLLM_LOGGING_LEVEL": "ERROR"}
+    lifetime.guard()
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
 
 

@@ -2,6 +2,10 @@
 
 import os
 
+from cor_vllm import lifetime
+
+lifetime.guard()  # no engine or server outlives a test run that is killed
+
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
+from cor_vllm import lifetime
 from cor_vllm import scores as scores_file
 
 HERE = Path(__file__).parent
@@ -88,6 +89,7 @@ def step(number: int, text: str) -> None:
 
 
 def cor_vllm(*arguments: str) -> None:
+    lifetime.guard()
     command = Path(sys.executable).with_name("cor-vllm")
     console.print(f"$ cor-vllm {' '.join(arguments)}", style="dim", soft_wrap=True)
     done = subprocess.run([str(command), *arguments])

@@ -12,6 +12,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from cor_vllm import lifetime
+
 START_SECONDS = 300
 
 
@@ -45,6 +47,7 @@ def serve(
     Raises:
         ServerFailed: it did not start.
     """
+    lifetime.guard()  # vLLM's processes would go on if this one were killed
     port = _free_port()
     vllm = Path(sys.executable).with_name("vllm")
     program = str(vllm) if vllm.exists() else "vllm"  # beside this Python, else on the PATH
