@@ -40,11 +40,17 @@ def given(parser: argparse.ArgumentParser, flags: Sequence[str], own: Mapping[st
     except Exception as error:  # of YAML, of files, of vLLM's own checks
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FlagError(f"{' '.join(flags)}: vLLM cannot read these flags ({reason})") from error
-    for name, value in found.items():
+    for name, value in {**found, **_in_additional_config(found)}.items():
         set_here = own.get(name) or (own.get("cor_") if name.startswith("cor_") else None)
         if set_here and value != set_here.value:
             raise FlagError(f"--{name.replace('_', '-')}: {set_here.reason}")
-    additional = found.get("additional_config")
-    if isinstance(additional, dict) and "cor" in additional and "cor_" in own:
-        raise FlagError(f'--additional-config with "cor": {own["cor_"].reason}')
     return found
+
+
+def _in_additional_config(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of additional_config["cor"] by the names of their flags."""
+    additional = found.get("additional_config")
+    options = additional.get("cor") if isinstance(additional, dict) else None
+    if options is None:
+        return {}
+    return {f"cor_{name}": value for name, value in options.items()} if options else {"cor_scores": None}
