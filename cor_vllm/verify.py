@@ -11,7 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cor_vllm import compat, cpu, exits
+from cor_vllm import compat, cpu, exits, lifetime
+from cor_vllm.engine_flags import FlagError, Own, given
 from cor_vllm.errors import CorError, cause
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 24, 2
@@ -41,6 +42,7 @@ def verify(model: str, scores: str, flags: list[str], as_json: bool) -> int:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     # In this process, where one worker is enough, so that its errors are our errors.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    lifetime.guard()
     llm, changes = _load(model, scores, flags)
     report = inspect(llm)
     report["notes"] = changes + report["notes"]
@@ -57,6 +59,15 @@ def _load(model: str, scores: str, flags: list[str]) -> tuple[Any, list[str]]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    own = {
+        "model": Own(model, f"what is verified, and named in the report, is {model}"),
+        "cor_scores": Own(scores, "give --cor-scores once, to this command itself"),
+        "enforce_eager": Own(True, "the probe watches an eager engine"),
+    }
+    try:
+        given(EngineArgs.add_cli_args(FlexibleArgumentParser(prog="cor-vllm verify")), flags, own)
+    except FlagError as error:
+        raise VerifyError(str(error)) from None
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="cor-vllm verify"))
     # Eager: what a CUDA graph or a compiled model does cannot be watched from Python.
     args = parser.parse_args(["--model", model, "--cor-scores", scores, *SMALL, *flags, "--enforce-eager"])
