@@ -190,6 +190,7 @@ def _answered(url: str) -> Iterator[None]:
         raise
     except (ClientError, OSError, LookupError, TypeError, ValueError) as error:
         reason = _refusals.last or f"{type(error).__name__}: {error}"
+        print(file=sys.stderr)  # the harness's progress bar stands in the line
         raise EvaluationError(
             f"{url}: a request failed, also when repeated ({reason}); the same command goes on from here"
         ) from error
