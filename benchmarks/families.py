@@ -24,7 +24,7 @@ import torch
 from benchmarks import dummy_models
 from benchmarks.results import RESULTS, device_name, markdown, run_folder, write_rows
 from benchmarks.servers import ROOT, Contestant
-from cor_vllm import lifetime
+from cor_vllm import cpu, lifetime
 from examples.demo.server import last_error
 
 # row → family, layers, k_l of the MoE layers (Σ is the model's own), changes of the configuration
@@ -83,9 +83,14 @@ def one(row: str, folder: Path, device: str) -> dict[str, Any]:
 
 
 def engine_options(device: str) -> dict[str, Any]:
-    """On a GPU decode steps run as captured graphs, without the minute that torch.compile takes."""
+    """On a GPU decode steps run as captured graphs, without the minute that torch.compile takes.
+
+    On a CPU latent attention needs what cor_vllm/cpu.py has; other models take no notice of it.
+    """
     if device == "cpu":
-        return {"dtype": "float32", "enforce_eager": True}
+        operations = {"custom_ops": [f"-{cpu.ROTARY}"]}
+        return {"dtype": "float32", "enforce_eager": True, "attention_backend": cpu.BACKEND,
+                "compilation_config": operations}  # fmt: skip
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 8]}
     return {"dtype": "bfloat16", "compilation_config": graphs, "kv_cache_memory_bytes": 2**30,
             "gpu_memory_utilization": 0.05}  # fmt: skip

@@ -80,7 +80,7 @@ def on_cpu(folder: Path, model: Path, batches: list[int] | None) -> Setting:
     flags = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "32")
     # One core computes, the others run the client and the front end: threads that wait for each other would
     # wait for those, too. For a moment after a server has worked its core is still busy waiting.
-    env = (("VLLM_CPU_OMP_THREADS_BIND", str((os.cpu_count() or 1) - 1)),)
+    env = (("VLLM_CPU_OMP_THREADS_BIND", str(max(os.sched_getaffinity(0)))),)
     sizes = tuple(batches or (1, 8, 32))
     return Setting(model, flags, _modes(file), None, None, sizes, 32, 64, pause=0.5, env=env)
 

@@ -1,6 +1,5 @@
 """One server, two front ends, two ranks: what GET and POST /v1/cor, /metrics and the log say."""
 
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import pytest
 
 from cor_vllm import scores
 from examples.demo.server import serve
+from tests import cores
 from tests.e2e.test_vllm_commands import ENGINE, of_processes
 from tests.make_scores import make
 from tests.parity.engine import PROMPTS
@@ -40,7 +40,7 @@ def log(tmp_path_factory) -> Path:
 def server(file, log) -> Iterator[str]:
     flags = [*ENGINE, "--tensor-parallel-size", "2", "--api-server-count", "2", "--api-key", "secret"]
     cor = ["--cor-scores", str(file), "--cor-admin", "--cor-observe"]
-    env = of_processes(VLLM_CPU_OMP_THREADS_BIND="0|1" if (os.cpu_count() or 1) > 1 else "nobind")
+    env = of_processes(VLLM_CPU_OMP_THREADS_BIND=cores.for_ranks(2))
     with serve(MODEL, *flags, *cor, log=log, env=env) as url:
         yield url.removesuffix("/v1")
 

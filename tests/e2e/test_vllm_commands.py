@@ -1,7 +1,6 @@
 """The vllm commands that build an engine, as users run them: processes, flags, the OpenAI client."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from openai import OpenAI
 
 from cor_vllm import scores
 from examples.demo.server import environment, serve
-from tests import tiny_models
+from tests import cores, tiny_models
 from tests.make_scores import make
 from tests.parity.engine import PROMPTS, Completion, reference_completions
 
@@ -77,7 +76,7 @@ def test_server_with_two_ranks_and_two_front_ends(model, file, tmp_path):
         "2",
         "--return-tokens-as-token-ids",
     ]
-    env = of_processes(VLLM_CPU_OMP_THREADS_BIND="0|1" if (os.cpu_count() or 1) > 1 else "nobind")
+    env = of_processes(VLLM_CPU_OMP_THREADS_BIND=cores.for_ranks(2))
     with serve(model, *flags, "--cor-scores", str(file), log=tmp_path / "log", env=env) as url:
         client = OpenAI(base_url=url, api_key="none")
         ask = {

@@ -28,6 +28,7 @@ ENGINE = {
     "max_num_batched_tokens": 512,
     "seed": 0,
     "disable_log_stats": True,
+    "kv_cache_memory_bytes": 2**26,  # vLLM fills it at once, and some tests have several engines
     # vLLM's CPU kernel for rotary embeddings takes the token stride of a [T, heads, d] tensor from its
     # second last dimension, which is wrong for more than one head. Multi-head latent attention (DeepSeek) is
     # the one caller that passes such tensors. The torch version is right.

@@ -1,7 +1,6 @@
 """Several CPU processes against one: tokens and log-probabilities are those of the single-process engine."""
 
 import asyncio
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from cor_vllm import plugin, scores
 from cor_vllm.plugin import RoutingError
-from tests import tiny_models
+from tests import cores, tiny_models
 from tests.make_scores import make
 from tests.parity.engine import ENGINE, PROMPTS, Completion, completion, generate
 from tests.parity.test_parity import assert_same
@@ -19,8 +18,6 @@ from tests.parity.test_refusals import configured
 pytestmark = pytest.mark.slow
 TOKENS = 8
 K = [1, 6, 3, 2]  # of 6 experts, two layers on each pipeline stage
-# One core per rank; two ranks on one memory node need it said.
-BIND = "0|1" if (os.cpu_count() or 1) > 1 else "nobind"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +40,8 @@ def alone(model, cor) -> list[Completion]:
 
 @pytest.fixture
 def two_ranks(monkeypatch) -> dict[str, Any]:
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", BIND)
+    # One core per rank; two ranks on one memory node need it said.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", cores.for_ranks(2))
     return {"worker_extension_cls": "tests.parity.cpu_parallel.WorkerExtension"}
 
 
