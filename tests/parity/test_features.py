@@ -108,12 +108,12 @@ def test_expert_load_balancing(qwen, cor, plain, monkeypatch):
     stop(llm)
 
 
-def adapter(qwen: Path, folder: Path) -> tuple[Path, Path]:
-    """A random LoRA adapter of the attention, and the model with the adapter merged in."""
+def adapter(qwen: Path, folder: Path, targets: list[str]) -> tuple[Path, Path]:
+    """A random LoRA adapter of these linear layers, and the model with the adapter merged in."""
     weights = load_file(qwen / "model.safetensors")
     generator, tensors = torch.Generator().manual_seed(2), {}
     for name in sorted(weights):
-        if name.endswith(("q_proj.weight", "v_proj.weight")):
+        if name.split(".")[-2] in targets:
             out, inside = weights[name].shape
             a, b = torch.randn(4, inside, generator=generator), torch.randn(out, 4, generator=generator)
             stem = f"base_model.model.{name.removesuffix('.weight')}"
@@ -122,15 +122,19 @@ def adapter(qwen: Path, folder: Path) -> tuple[Path, Path]:
     lora, merged = folder / "lora", shutil.copytree(qwen, folder / "merged")
     lora.mkdir()
     save_file(tensors, lora / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": targets}
     (lora / "adapter_config.json").write_text(json.dumps(config))
     save_file(weights, merged / "model.safetensors", {"format": "pt"})
     return lora, merged
 
 
-def test_lora_of_the_attention(qwen, cor, plain, tmp_path, monkeypatch):
-    """Requests with and without an adapter. vLLM's CPU build has no experts for engines with LoRA: it takes a
-    Triton kernel even where no adapter touches the experts, so the test has it choose as without LoRA."""
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["v_proj", "gate"]], ids="-".join)
+def test_lora_of_attention_and_router(qwen, cor, plain, tmp_path, monkeypatch, targets):
+    """Requests with and without an adapter, by k_l and CEI of the base model.
+
+    vLLM's CPU build has no experts for engines with LoRA: it takes a Triton kernel even if no adapter touches
+    the experts, so the test has it choose as without LoRA.
+    """
     from vllm.lora.request import LoRARequest
     from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method as module
 
@@ -140,14 +144,15 @@ def test_lora_of_the_attention(qwen, cor, plain, tmp_path, monkeypatch):
         return choose(dataclasses.replace(moe_config, is_lora_enabled=False))
 
     monkeypatch.setattr(module, "select_unquantized_moe_backend", choose_as_without)
-    lora, merged = adapter(qwen, tmp_path)
-    options = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj", "v_proj"]}
+    lora, merged = adapter(qwen, tmp_path, targets)
+    options = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": targets}
     llm = start(qwen, cor, **options)
     assert_same(answer(llm, TOKENS), plain)
     got = answer(llm, TOKENS, lora_request=LoRARequest("adapter", 1, str(lora)))
     stop(llm)
     assert [a.tokens for a in got] != [a.tokens for a in plain]
-    assert_same(got, generate(merged, cor, TOKENS))
+    same = make(merged, k=varied(qwen), cei=make(qwen).cei)  # the merged model's file, with the base's scores
+    assert_same(got, generate(merged, written(merged, same), TOKENS))
 
 
 def runners(llm: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from cor_vllm.calibrate.loading import load_model, model_folder, read_config
 from cor_vllm.calibrate.moe_model import MoeModel
 from cor_vllm.calibrate.plain import TOKENS_PER_FORWARD, Row, baseline, batches, pad
 from tests import tiny_models
+from tests.model_copies import shard
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +265,29 @@ def test_a_model_that_is_neither_folder_nor_hub_id() -> None:
     for name in ("no/such/folder/here", "nobody/no-such-model"):
         with pytest.raises(CalibrationError, match=name):
             model_folder(name)
+
+
+def test_nothing_is_downloaded_that_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub played by the test: small files first, then the weights that the index names."""
+    folder = shard(tiny_models.build("mixtral", tmp_path / "model"))
+    asked: list[str] = []
+
+    def snapshot_download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert ignore_patterns == ["*/*"]
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert model_folder("org/name") == (folder, "model")
+    weights = [pattern for pattern in asked if "safetensors" in pattern]
+    assert weights == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CalibrationError, match=r"index\.json: has no weight_map"):
+        model_folder("org/name")
+    (folder / "model.safetensors.index.json").unlink()
+    asked.clear()
+    model_folder("org/name")
+    assert [pattern for pattern in asked if "safetensors" in pattern] == ["model.safetensors"]
 
 
 def test_mxfp4_checkpoints_are_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
