@@ -47,7 +47,9 @@ def _reason(columns: Sequence[Column]) -> str | None:
 
 def _near(values: np.ndarray, chance: float) -> bool:
     """Whether a mean is what guessing would give, within 95 %."""
-    spread = values.std() if np.unique(values).size > 1 else math.sqrt(chance * (1 - chance))
+    # Right or wrong: the spread of guessing, which a handful of items may not show.
+    binary = np.isin(values, (0, 1)).all()
+    spread = math.sqrt(chance * (1 - chance)) if binary else values.std()
     return bool(abs(values.mean() - chance) <= DEVIATES * spread / math.sqrt(len(values)))
 
 

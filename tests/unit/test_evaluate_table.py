@@ -11,9 +11,10 @@ from cor_vllm.evaluate.benchmarks import Benchmark, EvaluationError, chosen
 from cor_vllm.evaluate.conditions import Permuted, RandomBias, Sources, select, table
 from cor_vllm.evaluate.items import read_items
 from cor_vllm.evaluate.pareto import _score, pareto
-from cor_vllm.evaluate.report import against_permuted, cells, render
+from cor_vllm.evaluate.report import against_permuted, cells, render, silent, warnings
 from cor_vllm.evaluate.runs import Column, Run
-from cor_vllm.evaluate.tuning import halve, mean_score
+from cor_vllm.evaluate.tuning import halve, mean_score, parse_grid
+from cor_vllm.evaluate.verdict import chat_note
 from cor_vllm.scores import Scores
 
 
@@ -256,3 +257,85 @@ def test_halves_share_no_item_and_are_the_same_for_every_run() -> None:
     assert items[0].isdisjoint(items[1]) and len(items[0]) == len(items[1]) == 50
     assert items[:2] == items[2:]
     assert mean_score(tuning) == 1.0
+
+
+def column(scores: list[float], chance: float | None = None, cut: int = 0) -> Column:
+    items = {f"t/{i}": value for i, value in enumerate(scores)}
+    return Column(
+        metric="m", items={"score": items}, tokens=1, seconds=1.0, chance=chance, max_model_len=64,
+        cut=list(items)[:cut],
+    )  # fmt: skip
+
+
+def rows_of(*columns: Column) -> list[Run]:
+    names = ["standard", "full", "layer", "expert"]
+    return [
+        run(name, []).model_copy(update={"benchmarks": {"t": each}})
+        for name, each in zip(names, columns, strict=False)
+    ]
+
+
+ALTERNATING, QUARTER = [0.0, 1.0] * 50, [1.0, 0.0, 0.0, 0.0] * 25
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ([column([0.0] * 98 + [1.0] * 2), column([0.0] * 99 + [1.0])], "every row scores below 5%"),
+        ([column([1.0] * 97 + [0.0] * 3), column([1.0] * 100)], "every row scores above 95%"),
+        ([column(ALTERNATING, 0.5), column(ALTERNATING[::-1], 0.5)], "within its error of guessing (50%)"),
+        ([column(QUARTER, 0.25), column([0.3] * 100, 0.25)], None),  # no error at all, and not 25 %
+        ([column(ALTERNATING, 0.25), column(QUARTER, 0.25)], None),  # one row knows something
+        ([column(QUARTER), column(QUARTER)], None),  # no choice: its guess is unknown
+        ([column([0.0] * 100), column([0.0] * 90 + [1.0] * 10)], None),  # a row has left the floor
+        # Both are below 5 %, but many items tell them apart all the same.
+        ([column([0.0] * 1000), column([0.0] * 960 + [1.0] * 40)], None),
+    ],
+)
+def test_a_benchmark_that_cannot_tell_says_so(columns: list[Column], said: str | None) -> None:
+    rows = rows_of(*columns)
+    text = render(rows)
+    assert [said in line for line in warnings(rows, silent(rows))] == ([True] if said else [])
+    assert ("*cannot tell* |" in text.replace(") |", " |")) is (said is not None)
+    assert ("**Warning:** t: cannot tell a difference" in text) is (said is not None)
+
+
+def test_prompts_that_were_cut_are_in_the_table() -> None:
+    rows = rows_of(column(ALTERNATING, cut=3), column(ALTERNATING[::-1]))
+    text = render(rows)
+    assert "**Warning:** t: 3 of 100 items have a prompt that does not fit into 64 tokens" in text
+    assert "| what standard is | 3 of 100, at 64 tokens |" in text and "| what full is | none |" in text
+    halves = halve(rows[0], seed=0)
+    assert sorted(item for half in halves for item in half.benchmarks["t"].cut) == ["t/0", "t/1", "t/2"]
+
+
+class Template:
+    def __init__(self, chat_template: str | None) -> None:
+        self.chat_template = chat_template
+
+
+@pytest.mark.parametrize(
+    ("model", "template", "noted"),
+    [
+        ("Qwen/Qwen3-30B-A3B", "…", True),
+        ("org/Mixtral-8x7B-Instruct-v0.1", "…", True),
+        ("Qwen/Qwen3-30B-A3B-Base", "…", False),
+        ("org/based-on-this", "…", True),
+        ("deepseek-ai/DeepSeek-V2-Lite", None, False),
+    ],
+)
+def test_a_chat_model_that_is_asked_raw_is_noted(model: str, template: str | None, noted: bool) -> None:
+    note = chat_note(model, Template(template))
+    assert (note is not None) is noted
+    if note:
+        rows = rows_of(column(ALTERNATING), column(ALTERNATING))
+        for each in rows:
+            each.notes = [note]
+        assert render(rows).count(note) == 1
+
+
+@pytest.mark.parametrize("grid", ["", "0.1,", "a", "0.1;0.2", "-0.1", "0", "nan", "inf", "0.1,0.10"])
+def test_a_grid_that_is_none(grid: str) -> None:
+    with pytest.raises(EvaluationError, match="--grid"):
+        parse_grid(grid)
+    assert parse_grid("0.1, 1,1e-3") == [0.1, 1.0, 0.001]
