@@ -80,16 +80,22 @@ def _own(name: str) -> Benchmark:
         raise EvaluationError(f"--tasks {name}: there is no such file")
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    config = load_yaml(name, resolve_func=False)
-    filters = config.get("filter_list")
-    return Benchmark(
-        config["task"],
-        config["metric_list"][0]["metric"],
-        config.get("dataset_path"),
-        filters[0]["name"] if filters else "none",
-        folder=Path(name).resolve().parent,
-        dataset_kwargs=config.get("dataset_kwargs") or {},
-    )
+    try:
+        config = load_yaml(name, resolve_func=False)
+        filters = config.get("filter_list")
+        return Benchmark(
+            config["task"],
+            config["metric_list"][0]["metric"],
+            config.get("dataset_path"),
+            filters[0]["name"] if filters else "none",
+            folder=Path(name).resolve().parent,
+            dataset_kwargs=config.get("dataset_kwargs") or {},
+        )
+    except Exception as error:  # YAML's have no class in common with those of a file that lacks a field
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise EvaluationError(
+            f"--tasks {name}: not a task of lm-evaluation-harness with a metric_list ({reason[:200]})"
+        ) from error
 
 
 @functools.cache  # it reads ten thousand files

@@ -1,5 +1,6 @@
 """A row of the table from what is there to what is missing: kept, measured, saved, benchmark by benchmark."""
 
+import contextlib
 import hashlib
 import sqlite3
 from collections.abc import Callable, Mapping
@@ -133,6 +134,9 @@ def _measured(
     options: EvaluateOptions, lm: Any, benchmark: Benchmark, tasks: dict[str, Any], kept: Path
 ) -> runs.Column:
     try:
+        for file in kept.parent.glob(f"{kept.name}*.db"):
+            with contextlib.closing(sqlite3.connect(file)) as answers:
+                answers.execute("PRAGMA schema_version")  # here: the harness reads it in a thread of its own
         return measure(lm, benchmark, tasks, options.limit, options.seed, str(kept))
     except sqlite3.Error as error:
         raise EvaluationError(

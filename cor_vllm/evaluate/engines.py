@@ -3,7 +3,6 @@
 import multiprocessing
 import sys
 import traceback
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -11,13 +10,14 @@ from rich.console import Console
 
 from cor_vllm import lifetime
 from cor_vllm import scores as scores_file
-from cor_vllm.config import CorConfig, disabled, plan
+from cor_vllm.config import ConfigError, CorConfig, disabled, plan
 from cor_vllm.evaluate.benchmarks import EvaluationError, chosen, load_task
 from cor_vllm.evaluate.claims import Claim, check
 from cor_vllm.evaluate.completion import complete, new_run, ready
 from cor_vllm.evaluate.conditions import Condition, Sources
 from cor_vllm.evaluate.harness import engine_model, quiet
 from cor_vllm.evaluate.options import EvaluateOptions, read_sources, scores_path
+from cor_vllm.scores import ScoresError
 from cor_vllm.state import combine
 
 
@@ -64,7 +64,7 @@ def _engine_main(options: EvaluateOptions, condition: Condition, reasons: Connec
     lifetime.guard()
     try:
         _measure(options, condition)
-    except EvaluationError as error:
+    except (EvaluationError, ScoresError, ConfigError) as error:
         reasons.send(str(error))
         sys.exit(1)
     except (ValueError, RuntimeError, OSError) as error:  # what vLLM raises for an engine that does not start
@@ -80,12 +80,12 @@ def _reason(error: Exception) -> str:
 
 
 def _measure(options: EvaluateOptions, condition: Condition) -> None:
+    sources = read_sources(options)
     from cor_vllm import register
 
     register()
     quiet()
     console = Console(stderr=True)
-    sources = read_sources(options)
     benchmarks = {benchmark: load_task(benchmark, options.data) for benchmark in chosen(options.tasks)}
     run = new_run(options, condition, "vllm", {"engine": options.engine, "dtype": options.dtype})
     run.activations = _activations(condition, sources)
@@ -115,9 +115,8 @@ def check_routing(lm: Any, name: str, claim: Claim) -> None:
     """
     if not hasattr(lm, "model"):
         return  # data parallel by the harness: there is an engine only while a benchmark runs
-    engine: Callable[..., list[dict[str, Any]]] = lm.model.collective_rpc
     options = (lm.model.llm_engine.vllm_config.additional_config or {}).get("cor")
-    state = None if options is None else combine([engine("cor_status")])
+    state = None if options is None else combine([lm.model.collective_rpc("cor_status")])
     check("the engine", name, claim, state)
 
 
