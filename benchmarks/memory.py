@@ -1,21 +1,29 @@
 """Memory of a calibration whose weights wait on disk, against one that holds them, as models grow deeper.
 
     python -m benchmarks.memory
+    python -m benchmarks.memory --load     # what loading alone takes, against what the calibrator counts on
 
 Each calibration is a process of its own. What is measured is anonymous memory (RssAnon, sampled), beyond what
 the process held before the model came: pages of a mapped checkpoint, which the kernel takes back when
 somebody needs them, do not count. The models are random Qwen3-MoEs; only their sizes matter. On disk:
 the calibrator is told of no free memory, by which it decides what has to wait (calibrate/offload.py).
+
+--load measures the peak of loading into host memory for two widths and for checkpoints in bfloat16 and
+float32: as the calibrator loads, one weight at a time, and as transformers loads by itself, with threads that
+read ahead. `counted` is the calibrator's own figure, by which it chooses where the weights go.
 """
 
 import argparse
+import contextlib
 import io
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +35,32 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from benchmarks.calibration import random_sequences
 from benchmarks.results import device_name, write_rows
 from cor_vllm import lifetime
-from cor_vllm.calibrate import offload, pipeline
+from cor_vllm.calibrate import limits, loading, offload, pipeline
 from cor_vllm.calibrate.config import CalibrationOptions
 
 WIDTH, EXPERTS, TOP_K = 256, 32, 4
 POSITIONS, SEQ_LEN = 200, 64
+LOADED = ((256, 24), (512, 8))  # width and layers: weights below and above 32 MiB each
+COLUMNS = {
+    "layers": "layers", "weights_mib": "weights, MiB", "weights": "weights are in",
+    "peak_mib": "peak beyond start, MiB", "seconds": "s", "same_file": "same file",
+}  # fmt: skip
+LOAD_COLUMNS = {
+    "width": "width", "layers": "layers", "checkpoint": "checkpoint", "read": "read",
+    "weights_mib": "weights, MiB", "counted_mib": "counted, MiB", "peak_mib": "peak, MiB",
+    "ratio": "peak / weights",
+}  # fmt: skip
 
 
-def write_model(folder: Path, layers: int) -> None:
-    """A random checkpoint: 24 MiB of expert weights a layer."""
+def write_model(folder: Path, layers: int, width: int = WIDTH, dtype: torch.dtype = torch.float32) -> None:
+    """A random checkpoint: 24 MiB of expert weights a layer in float32, 96 of twice the width."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=1024, hidden_size=WIDTH, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=1024, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, num_experts=EXPERTS, num_experts_per_tok=TOP_K,
-        moe_intermediate_size=WIDTH, norm_topk_prob=True,
+        moe_intermediate_size=width, norm_topk_prob=True,
     )  # fmt: skip
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    Qwen3MoeForCausalLM(config).to(dtype).save_pretrained(folder)
 
 
 def anonymous_mib() -> float:
@@ -55,7 +73,7 @@ def one(folder: Path, weights: str) -> dict[str, float]:
     """Calibrate in this process: MiB beyond what it held before the model came, and seconds."""
     torch.set_num_threads(1)
     if weights == "disk":
-        offload.free_bytes = lambda device: 0
+        limits.host_limit = lambda mapped=0: limits.Limit(0, 0, "for this measurement")
     ids = folder / "token_ids.json"
     ids.write_text(json.dumps(random_sequences(1024, POSITIONS, SEQ_LEN)))
     options = CalibrationOptions(
@@ -65,21 +83,64 @@ def one(folder: Path, weights: str) -> dict[str, float]:
         device="auto" if weights == "disk" else "cpu",
         max_memory=100 * 10**6,
     )
+    start = time.perf_counter()
+    peak = peak_mib(lambda: pipeline.calibrate(options, Console(file=io.StringIO())))
+    return {"peak_mib": peak, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def peak_mib(work: Callable[[], object]) -> float:
+    """The most anonymous memory beyond what this process held before, MiB, sampled while `work` runs."""
     before, peak, done = anonymous_mib(), [0.0], threading.Event()
 
     def sample() -> None:
-        while not done.wait(0.005):
+        while not done.wait(0.002):
             peak[0] = max(peak[0], anonymous_mib())
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    start = time.perf_counter()
     try:
-        pipeline.calibrate(options, Console(file=io.StringIO()))
+        kept = work()  # until the last sample is taken
     finally:
         done.set()
         sampler.join()
-    return {"peak_mib": round(peak[0] - before, 1), "seconds": round(time.perf_counter() - start, 2)}
+    del kept
+    return round(peak[0] - before, 1)
+
+
+def load(folder: Path, how: str) -> dict[str, float]:
+    """Load in float32 in this process, `one` weight at a time or reading `ahead`: MiB."""
+    torch.set_num_threads(1)
+    if how == "ahead":
+        loading.one_weight_at_a_time = contextlib.nullcontext
+    weights = offload.weights_of(loading.read_config(folder), torch.float32)
+    return {
+        "weights_mib": round(weights.size / 2**20, 1),
+        "counted_mib": round(weights.peak / 2**20, 1),
+        "peak_mib": peak_mib(lambda: loading.load_model(folder, "float32", "cpu")),
+    }
+
+
+def measure_loading() -> list[dict[str, Any]]:
+    """Every checkpoint in both ways."""
+    rows = []
+    for (width, layers), dtype in itertools.product(LOADED, (torch.bfloat16, torch.float32)):
+        with tempfile.TemporaryDirectory() as name:
+            write_model(Path(name), layers, width, dtype)
+            for how in ("one", "ahead"):
+                figures = in_a_process("--one-load", name, how)
+                rows.append(
+                    {"width": width, "layers": layers, "checkpoint": str(dtype), "read": how} | figures
+                )
+    return [row | {"ratio": round(row["peak_mib"] / row["weights_mib"], 2)} for row in rows]
+
+
+def in_a_process(*arguments: str) -> dict[str, Any]:
+    """What this program prints last when it runs by itself."""
+    command = [sys.executable, "-m", "benchmarks.memory", *arguments]
+    lifetime.guard()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def measure(layers: int) -> list[dict[str, Any]]:
@@ -89,11 +150,8 @@ def measure(layers: int) -> list[dict[str, Any]]:
         write_model(folder, layers)
         rows = []
         for weights in ("memory", "disk"):
-            command = [sys.executable, "-m", "benchmarks.memory", "--one", str(folder), weights]
-            lifetime.guard()
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            figures = in_a_process("--one", str(folder), weights)
             size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
-            figures = json.loads(done.stdout.splitlines()[-1])
             rows.append({"layers": layers, "weights_mib": round(size / 2**20), "weights": weights} | figures)
         same = len({(folder / f"{weights}.safetensors").read_bytes() for weights in ("memory", "disk")}) == 1
         return [row | {"same_file": same} for row in rows]
@@ -102,18 +160,27 @@ def measure(layers: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--one", nargs=2, metavar=("FOLDER", "WEIGHTS"), help="used by the program itself")
+    parser.add_argument("--load", action="store_true", help="what loading takes, against what is counted")
+    for name in ("--one", "--one-load"):
+        parser.add_argument(name, nargs=2, metavar=("FOLDER", "HOW"), help="used by the program itself")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(one(Path(args.one[0]), args.one[1])))
-        return
-    rows = [row for layers in args.layers for row in measure(layers)]
-    table = Table("layers", "weights, MiB", "weights are in", "peak beyond start, MiB", "s", "same file")
+    elif args.one_load:
+        print(json.dumps(load(Path(args.one_load[0]), args.one_load[1])))
+    elif args.load:
+        report("memory-load", measure_loading(), LOAD_COLUMNS)
+    else:
+        report("memory", [row for layers in args.layers for row in measure(layers)], COLUMNS)
+
+
+def report(name: str, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+    """Print a table and write the CSV file."""
+    table = Table(*columns.values())
     for row in rows:
-        cells = ("layers", "weights_mib", "weights", "peak_mib", "seconds", "same_file")
-        table.add_row(*(str(row[cell]) for cell in cells))
+        table.add_row(*(str(row[cell]) for cell in columns))
     Console().print(table)
-    print(f"wrote {write_rows('memory', rows, device_name('cpu'))}")
+    print(f"wrote {write_rows(name, rows, device_name('cpu'))}")
 
 
 if __name__ == "__main__":

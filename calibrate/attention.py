@@ -17,6 +17,7 @@ from torch import nn
 from cor_vllm.calibrate.config import CalibrationError
 
 NAME = "cor_sweep"
+FOLLOWED = ("sdpa", "eager")  # attention implementations that are given a mask to read windows from
 # What the attention function is told beside q, k, v and mask, and that changes nothing here: the mask says
 # what a window lets through, and in evaluation mode nothing is dropped.
 IGNORED = {"sliding_window", "dropout", "position_ids", "past_key_values", "use_cache", "is_causal"}
@@ -46,7 +47,7 @@ class SharedAttention:
     def __init__(self, config: Any) -> None:
         self._config = config
         self._own = config._attn_implementation
-        if self._own not in ("eager", "sdpa"):
+        if self._own not in FOLLOWED:
             raise CalibrationError(
                 f"{config.model_type}: attention implementation {self._own!r} is given no mask to read "
                 "windows from; load the model with sdpa or eager, or use --algorithm plain"

@@ -1,24 +1,25 @@
 """How many rows fit into --max-memory: an estimate from a model's dimensions."""
 
-import os
 from typing import Any
 
+from cor_vllm.calibrate import limits
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
 from cor_vllm.calibrate.families import num_experts
 from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.calibrate.offload import in_words
 
 
 def check_host_memory(needed: int) -> None:
-    """Refuse what cannot fit into this machine's memory, before the first layer runs.
+    """Refuse what cannot fit into host memory, before the first layer runs.
 
     Args:
-        needed: bytes of the hidden states that wait on the host.
+        needed: bytes of the hidden states that wait on the host; allocated, and not written to yet.
     """
-    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > present:
+    limit = limits.pages_limit()
+    if needed > limit.free:
         raise CalibrationError(
-            f"the variants' hidden states take {needed / 1e9:.1f} GB of host memory, this machine has "
-            f"{present / 1e9:.1f}; lower --num-tokens, or give --perturb-scope token"
+            f"the variants' hidden states take {in_words(needed)} of host memory, {in_words(limit.free)} are "
+            f"free {limit.name}; lower --num-tokens, or give --perturb-scope token"
         )
 
 

@@ -7,7 +7,6 @@ with other settings, and --tune. The plain algorithm brings all weights for each
 """
 
 import importlib.util
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from cor_vllm.calibrate import limits
 from cor_vllm.calibrate.config import CalibrationError
 
 ALIGNMENT = 64  # bytes: torch's own on the CPU
+MAPPED = 32 * 2**20  # bytes from which glibc gives every allocation pages of its own, whatever came before
+SCATTER = 0.5  # of smaller ones: gaps between them that nothing fills; `python -m benchmarks.memory --load`
 FRAGMENTED = 0.95  # of a CUDA device's free memory: the rest is what the allocator cannot use
 
 
@@ -79,31 +81,42 @@ def execution_device(module: nn.Module) -> torch.device:
     return weight.device
 
 
-def weight_bytes(config: Any, dtype: torch.dtype) -> int:
-    """What a model's weights take once loaded; counts them on a model without memory."""
+@dataclass(frozen=True)
+class Weights:
+    """What a model's weights take, in bytes."""
+
+    size: int  # once loaded
+    small: int = 0  # of it, in weights below MAPPED
+    largest: int = 0  # the largest weight
+
+    @property
+    def scattered(self) -> int:
+        """What is lost between small weights, from above."""
+        return int(SCATTER * self.small)
+
+    @property
+    def passing(self) -> int:
+        """What transformers takes for a moment, from above.
+
+        A weight of all experts of a layer is read expert by expert, in the wanted dtype, and stacked; then
+        gate and up projections are joined.
+        """
+        return 3 * self.largest
+
+    @property
+    def peak(self) -> int:
+        """The most that loading them into host memory takes, from above."""
+        return self.size + self.scattered + self.passing
+
+
+def weights_of(config: Any, dtype: torch.dtype) -> Weights:
+    """What a model's weights take in a dtype; counts them on a model without memory."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free now on a CUDA device, or on the host within this process's control group."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # all there is, on systems without:
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    limit = group / "memory.max"
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = int(counts["active_file"]) + int(counts["inactive_file"])  # given back on demand
-        free = min(free, int(text) - int((group / "memory.current").read_text()) + cached)
-    return max(free, 0)
+    sizes = [parameter.numel() * dtype.itemsize for parameter in model.parameters()]
+    return Weights(sum(sizes), sum(size for size in sizes if size < MAPPED), max(sizes))
 
 
 @dataclass(frozen=True)
@@ -115,37 +128,44 @@ class Room:
     folder: Path | None = None  # None: no weight may go to disk
 
 
-def placement(size: int, device: torch.device, room: Room) -> dict[str, Any]:
+def placement(weights: Weights, device: torch.device, room: Room) -> dict[str, Any]:
     """Arguments of `from_pretrained` that let weights go to the device, then to the host, then to disk.
 
     Args:
-        size: bytes of all weights.
+        weights: what they take.
         device: that computes.
         room: what to leave free, and the folder on disk.
 
     Raises:
         CalibrationError: accelerate is not installed, or the disk has not the room either.
     """
+    size = weights.size
     if importlib.util.find_spec("accelerate") is None:
         raise CalibrationError(
-            f"the weights take {size / 1e9:.1f} GB and would have to wait in host memory or on disk, which "
+            f"the weights take {in_words(size)} and would have to wait in host memory or on disk, which "
             "needs accelerate: install it, or give --device cpu or cuda"
         )
-    limits: dict[int | str, int] = {"cpu": max(0, free_bytes(torch.device("cpu")) - room.host)}
+    host = limits.host_limit().free - room.host - weights.passing
+    if device.type != "cuda":
+        host -= room.device
+    places: dict[int | str, int] = {"cpu": max(0, int(host * size / (size + weights.scattered)))}
     if device.type == "cuda":
-        usable = int(FRAGMENTED * free_bytes(device)) - room.device
-        limits = {device.index or 0: max(0, usable), **limits}
-    else:
-        limits["cpu"] = max(0, limits["cpu"] - room.device)
-    beyond = size - sum(limits.values())
+        usable = int(FRAGMENTED * torch.cuda.mem_get_info(device)[0]) - room.device
+        places = {device.index or 0: max(0, usable), **places}
+    beyond = size - sum(places.values())
     if beyond > 0:
         space = shutil.disk_usage(room.folder.parent).free if room.folder else 0
         if beyond > space:
             raise CalibrationError(
-                f"{beyond / 1e9:.1f} of {size / 1e9:.1f} GB of weights fit into no memory, and {room.folder} "
-                f"has {space / 1e9:.1f} GB for them; make room, or put --output where there is some"
+                f"{in_words(beyond)} of {in_words(size)} of weights fit into no memory, and {room.folder} "
+                f"has {in_words(space)} for them; make room, or put --output where there is some"
             )
-    return {"device_map": "auto", "max_memory": limits, "offload_folder": room.folder}
+    return {"device_map": "auto", "max_memory": places, "offload_folder": room.folder}
+
+
+def in_words(size: int) -> str:
+    """Bytes as "1.5 GB" or "20 MB"."""
+    return f"{size / 1e9:.1f} GB" if size >= 10**9 else f"{size / 1e6:.0f} MB"
 
 
 @contextmanager

@@ -4,10 +4,12 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -18,6 +20,7 @@ from cor_vllm.calibrate.checks import check_baseline, check_measured
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
 from cor_vllm.calibrate.families import eligible_experts, num_experts
 from cor_vllm.calibrate.inputs import Inputs, read_inputs
+from cor_vllm.calibrate.limits import host_limit, out_of_memory
 from cor_vllm.calibrate.loading import load_model, model_folder, read_config
 from cor_vllm.calibrate.memory import waiting_bytes
 from cor_vllm.calibrate.moe_model import MoeModel
@@ -36,6 +39,21 @@ SAVE_RATIO = 10  # a larger one not before the work since has taken this many ti
 ALGORITHMS: dict[str, type[Sweep] | type[PlainAlgorithm]] = {"sweep": Sweep, "plain": PlainAlgorithm}
 
 
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Host memory that is refused becomes one line; a CUDA device's is the command's own."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or not out_of_memory(error):
+            raise
+        raise CalibrationError(
+            f"host memory ran out {host_limit().name}; give more, or try --device auto, --dtype bfloat16, or "
+            "a smaller --max-memory, --num-tokens or --seq-len"
+        ) from error
+
+
+@memory_errors()
 def calibrate(options: CalibrationOptions, console: Console) -> Scores:
     """Calibrate a model and write the scores file.
 
@@ -69,10 +87,13 @@ def calibrate(options: CalibrationOptions, console: Console) -> Scores:
         routers=list(routers.info),
     )
     inputs = read_inputs(options, folder, config.vocab_size)
-    console.print(f"loading {info.name} ({info.architecture})", highlight=False)
+
+    def say(line: str) -> None:
+        console.print(f"loading {info.name} ({info.architecture}): {line}", highlight=False, soft_wrap=True)
+
     with offload_folder(options.output) as waiting:
         room = Room(options.max_memory, waiting_bytes(options, config, itemsize=4), waiting)
-        model = load_model(folder, options.dtype, options.device, room)
+        model = load_model(folder, options.dtype, options.device, room, say)
         if model.offloaded:
             console.print(f"weights beyond the memory of {model.device} wait {waiting_places(model.model)}")
         return _measure_and_write(options, info, inputs, model, console)

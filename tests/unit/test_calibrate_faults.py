@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from cor_vllm.calibrate import pipeline, state
+from cor_vllm.calibrate import limits, pipeline, state
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
 from cor_vllm.calibrate.loading import read_config
 from cor_vllm.calibrate.memory import bytes_per_row
@@ -197,10 +198,54 @@ def test_a_full_disk_on_the_way(checkpoint: Path, tmp_path: Path, monkeypatch: p
 def test_more_host_memory_than_there_is(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    machine = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2, "SC_AVPHYS_PAGES": 2}
-    monkeypatch.setattr("os.sysconf", machine.__getitem__)
-    with pytest.raises(CalibrationError, match=r"GB of host memory, .* lower --num-tokens"):
+    none = limits.Limit(0, 0, "on a made-up machine")
+    monkeypatch.setattr("cor_vllm.calibrate.memory.limits", SimpleNamespace(pages_limit=lambda: none))
+    expected = (
+        r"hidden states take \d+ MB of host memory, 0 MB are free on a made-up machine; lower --num-tokens"
+    )
+    with pytest.raises(CalibrationError, match=expected):
         calibrate(options(checkpoint, tmp_path / "s"), QUIET)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        RuntimeError("unable to mmap 313200600 bytes from file </m>: Cannot allocate memory (12)"),
+        RuntimeError("can't start new thread"),
+    ],
+)
+@pytest.mark.parametrize("where", ["read_routers", "load_model", "baseline"])
+def test_memory_that_is_refused_is_one_line(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    def refused(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, where, refused)
+    with pytest.raises(CalibrationError, match=r"^host memory ran out .*; give more, or try --device auto"):
+        calibrate(options(checkpoint, tmp_path / "s"), QUIET)
+
+
+def test_other_errors_are_not_taken_for_memory(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (
+        RuntimeError("a bug"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        OSError(5, "I/O error"),
+    ):
+
+        def broken(*args: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(pipeline, "baseline", broken)
+        with pytest.raises(type(error), match=str(error.args[-1])):
+            calibrate(options(checkpoint, tmp_path / "s"), QUIET)
 
 
 def test_losses_that_are_not_finite(tmp_path: Path) -> None:
