@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from cor_vllm import fit, scores
 from cor_vllm.copies import ROUNDING, Difference, compare, sketch
-from cor_vllm.fingerprint import Routers, read_routers
+from cor_vllm.fingerprint import read_routers
 from tests import tiny_models
 from tests.model_copies import Weights, cast, copy, folded, other_routers, routers, shard
 
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "examples" / "demo" / "model"
 SAME = Difference()
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -183,8 +186,7 @@ def test_another_model(models, tmp_path: Path) -> None:
 
 def test_what_describes_a_router_is_the_same_for_ever() -> None:
     """Numbers of the demo model; others would make every scores file another model's."""
-    demo: Routers = read_routers(Path(__file__).parents[2] / "examples" / "demo" / "model")
-    first = demo.info[0]
+    first = read_routers(DEMO).info[0]
     assert first.tensors["weight"].dtype == "bfloat16"
     assert (
         first.tensors["weight"].sha256[0]
@@ -192,6 +194,14 @@ def test_what_describes_a_router_is_the_same_for_ever() -> None:
     )
     assert first.sketch[:3] == [0.2094078, 0.4303284, -0.3456116]
     assert first.input_sketch is not None and first.input_sketch[:3] == [0.1371658, 0.3650573, -0.3021938]
+
+
+@pytest.mark.parametrize("name", ["demo-main", "demo-more", "demo-tail", "demo-torso"])
+def test_committed_files_of_the_first_version_stay_valid(name: str) -> None:
+    file = ROOT / "benchmarks" / "results" / "evaluation" / "scores" / f"{name}.safetensors"
+    values = scores.load(file)
+    assert values.config.model.routers is None
+    assert fit._compare_routers(str(file), values, read_routers(DEMO)) == []
 
 
 def test_a_sketch_keeps_distances() -> None:
