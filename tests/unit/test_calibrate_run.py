@@ -53,6 +53,7 @@ def test_the_file_says_what_was_done(result: Path, checkpoint: Path) -> None:
     assert config.model.architecture == "DeepseekV2ForCausalLM"
     assert (config.model.num_experts, config.model.top_k, config.model.num_hidden_layers) == (6, 2, 3)
     assert config.model.fingerprint == read_routers(checkpoint).fingerprint
+    assert config.model.routers == list(read_routers(checkpoint).info)
     assert scores.layer_index.tolist() == [1, 2]
     assert config.budget.model_dump() == {"rule": "exact", "k_min": 1, "k_max": 4, "total": 4, "sum": 4}
     assert config.serving.model_dump(by_alias=True) == {"lambda": 0.1, "mode": "full"}
