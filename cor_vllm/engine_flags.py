@@ -4,8 +4,10 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from cor_vllm.errors import CorError
 
-class FlagError(ValueError):
+
+class FlagError(CorError):
     """A flag that cannot be passed on to vLLM's engine: one line with the flag and the remedy."""
 
 

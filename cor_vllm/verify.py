@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cor_vllm import compat, cpu, exits, lifetime
-from cor_vllm.engine_flags import FlagError, Own, given
+from cor_vllm.engine_flags import Own, given
 from cor_vllm.errors import CorError, cause
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 24, 2
@@ -36,6 +36,7 @@ def verify(model: str, scores: str, flags: list[str], as_json: bool) -> int:
         0 where every layer is routed as the file says, exits.MISROUTED where one is not.
 
     Raises:
+        FlagError: a flag contradicts the command.
         VerifyError: the engine did not start.
     """
     # The report is for stdout; vLLM logs there, too, unless it is told otherwise before it is imported.
@@ -64,10 +65,7 @@ def _load(model: str, scores: str, flags: list[str]) -> tuple[Any, list[str]]:
         "cor_scores": Own(scores, "give --cor-scores once, to this command itself"),
         "enforce_eager": Own(True, "the probe watches an eager engine"),
     }
-    try:
-        given(EngineArgs.add_cli_args(FlexibleArgumentParser(prog="cor-vllm verify")), flags, own)
-    except FlagError as error:
-        raise VerifyError(str(error)) from None
+    given(EngineArgs.add_cli_args(FlexibleArgumentParser(prog="cor-vllm verify")), flags, own)
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="cor-vllm verify"))
     # Eager: what a CUDA graph or a compiled model does cannot be watched from Python.
     args = parser.parse_args(["--model", model, "--cor-scores", scores, *SMALL, *flags, "--enforce-eager"])

@@ -278,8 +278,7 @@ def _engine_arguments(flags: list[str], model: str, seed: int, dtype: str) -> di
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
         from cor_vllm import register
-        from cor_vllm.engine_flags import FlagError, Own, given
-        from cor_vllm.evaluate.benchmarks import EvaluationError
+        from cor_vllm.engine_flags import Own, given
 
         own = {
             "model": Own(model, f"what is measured, and named in the table, is {model}"),
@@ -295,7 +294,4 @@ def _engine_arguments(flags: list[str], model: str, seed: int, dtype: str) -> di
         }  # fmt: skip
         register()  # vLLM's parser then knows the --cor-… flags, which are refused by name
         parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="cor-vllm evaluate"))
-        try:
-            return given(parser, flags, own)
-        except FlagError as error:
-            raise EvaluationError(str(error)) from None
+        return given(parser, flags, own)

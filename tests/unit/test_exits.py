@@ -135,9 +135,9 @@ def test_only_a_comparison_that_failed_means_misrouted(
     def inspect(llm: object) -> dict[str, object]:
         if error:
             raise error
-        return {"problems": problems}
+        return {"problems": problems, "notes": []}
 
-    monkeypatch.setattr("cor_vllm.verify._load", lambda *args: None)
+    monkeypatch.setattr("cor_vllm.verify._load", lambda *args: (None, []))
     monkeypatch.setattr("cor_vllm.verify.inspect", inspect)
     monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # verify sets both, and this is no process
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
