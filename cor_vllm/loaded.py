@@ -67,17 +67,13 @@ def _gates(model: torch.nn.Module) -> dict[int, Any]:
     """The linear layer that makes the router logits, by decoder layer number."""
     from vllm.model_executor.models.utils import extract_layer_index
 
-    from cor_vllm.probe import moe_layers
+    from cor_vllm import probe
 
-    gates = {}
-    for name in moe_layers(model):
-        block = model.get_submodule(name.removesuffix(".base_layer").rpartition(".")[0])
-        gate = getattr(block, "gate", None)
-        gate = getattr(block, "router", None) if gate is None else gate
-        if gate is None:
+    gates = probe.gates(model)
+    for name in probe.moe_layers(model):
+        if name not in gates:
             raise MisfitError(f"{name}: no router next to the experts; this model is not supported")
-        gates[extract_layer_index(name)] = getattr(gate, "base_layer", gate)  # below a LoRA adapter
-    return gates
+    return {extract_layer_index(name): gate for name, gate in gates.items()}
 
 
 def _is_unquantised(gate: Any) -> bool:

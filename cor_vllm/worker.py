@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cor_vllm.config import CorConfig
+from cor_vllm.fit import format_of
 from cor_vllm.judge import as_rows, fault_of, first_problem, judge
 from cor_vllm.loaded import check_loaded
 from cor_vllm.plugin import RoutingError, finish
@@ -66,7 +67,7 @@ def _checked_start(worker: Any, determine_available_memory: Any) -> Any:
     model = worker.get_model()
     check_loaded(model, worker.vllm_config)
     for name, logits in probe.ask_gates(model).items():
-        if fault := fault_of(logits, different_tokens=True):
+        if fault := fault_of(logits, different_tokens=_has_weights(worker)):
             raise RoutingError(
                 f"{name}: {fault}; compare the checkpoint with the model's own, or load it anew"
             )
@@ -93,8 +94,7 @@ def _runs_in_python(engine: Any) -> bool:
 
 def _has_weights(worker: Any) -> bool:
     """Whether the routers are a model's: among dummy weights a bias can outweigh the token."""
-    load_format = worker.vllm_config.load_config.load_format
-    return str(getattr(load_format, "value", load_format)) != "dummy"
+    return format_of(worker.vllm_config) != "dummy"
 
 
 def _judge(worker: Any, records: list[Any]) -> Any:
