@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-POLL_SECONDS = 0.2  # a process that is younger than this when its ancestors die may be missed
+POLL_SECONDS = 0.5  # a process that is younger than this when its ancestors die may be missed
 PATIENCE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 PROC = Path("/proc")
 
