@@ -12,6 +12,7 @@ from cor_vllm.calibrate.corpus import (
     read_positions,
     read_token_ids,
 )
+from cor_vllm.errors import first_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ class _Tokenizer:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise CalibrationError(
                 f"{folder}: no usable tokenizer ({reason}); add its files, or give --token-ids"
             ) from None

@@ -15,6 +15,7 @@ from cor_vllm.calibrate.families import check_family
 from cor_vllm.calibrate.moe_model import MoeModel
 from cor_vllm.calibrate.offload import Room, Weights, align, in_words, placement, weights_of
 from cor_vllm.checkpoint import FingerprintError, weight_names
+from cor_vllm.errors import first_line
 
 NO_ROOM = Room()
 SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -37,7 +38,7 @@ def model_folder(name: str) -> tuple[Path, str | None]:
     except FingerprintError as error:
         raise CalibrationError(str(error)) from None
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise CalibrationError(f"{name}: neither a folder nor a model that the hub gives: {reason}") from None
     return folder, folder.name
 
@@ -53,7 +54,7 @@ def read_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError) as error:
-        raise CalibrationError(f"{folder}/config.json: {str(error).strip().splitlines()[0]}") from None
+        raise CalibrationError(f"{folder}/config.json: {first_line(error)}") from None
     check_family(config)
     if config._attn_implementation not in (None, *FOLLOWED):
         raise CalibrationError(
@@ -129,7 +130,7 @@ def _from_pretrained(folder: Path, dtype: str, extra: dict[str, Any]) -> Any:
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if limits.out_of_memory(error):
             raise
-        raise CalibrationError(f"{folder}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise CalibrationError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     if report["missing_keys"]:
         # transformers would fill them with random numbers and go on.
         missing = sorted(report["missing_keys"])
@@ -210,6 +211,6 @@ def _usable_device(device: str) -> torch.device:
         target = torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise CalibrationError(f"--device {device}: not usable here ({reason})") from None
     return target

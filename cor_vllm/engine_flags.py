@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cor_vllm.errors import CorError
+from cor_vllm.errors import CorError, first_line
 
 
 class FlagError(CorError):
@@ -40,7 +40,7 @@ def given(parser: argparse.ArgumentParser, flags: Sequence[str], own: Mapping[st
     try:
         found = vars(parser.parse_args(list(flags)))
     except Exception as error:  # of YAML, of files, of vLLM's own checks
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise FlagError(f"{' '.join(flags)}: vLLM cannot read these flags ({reason})") from error
     for name, value in {**found, **_in_additional_config(found)}.items():
         set_here = own.get(name) or (own.get("cor_") if name.startswith("cor_") else None)

@@ -42,6 +42,11 @@ def cause(error: BaseException) -> str:
     return one_line((str(error).strip().splitlines() or [type(error).__name__])[-1], limit=1000)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of any library says; its type's name if it says nothing."""
+    return one_line((str(error).strip() or type(error).__name__).splitlines()[0], limit=1000)
+
+
 def one_line(text: object, limit: int = 120) -> str:
     """`text` without line breaks and control characters, cut at `limit` characters."""
     line = " ".join(str(text).split())

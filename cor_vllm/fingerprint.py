@@ -76,7 +76,7 @@ def routers_of(files: Sequence[Path], num_hidden_layers: int) -> Routers:
 
 def _num_hidden_layers(file: Path) -> int:
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
         found: int = (config.get("text_config") or config)["num_hidden_layers"]
     except (OSError, ValueError, KeyError) as error:
         raise FingerprintError(

@@ -107,6 +107,7 @@ def state(scores: Scores, sha256: str, **options: Any) -> dict[str, Any]:
         model_top_k=scores.config.model.top_k,
         budget=sum(layer.top_k for layer in layers.values()),
         model_budget=len(layers) * scores.config.model.top_k,
+                warnings=[],
         layers=[
             Layer(
                 layer=index, name=f"layers.{index}", router="CorRouter", kernel="K", k=layer.top_k,

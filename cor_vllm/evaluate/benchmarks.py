@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cor_vllm.errors import CorError
+from cor_vllm.errors import CorError, first_line
 
 TASK_FILES = Path(__file__).parent / "tasks"  # what the harness lacks: FACTOR
 
@@ -167,7 +167,7 @@ def load_task(benchmark: Benchmark, data: Path | None) -> dict[str, Any]:
     try:
         return dict(manager.load([wanted])["tasks"])
     except Exception as error:  # the data library's errors have no common class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         where = f"in {local}" if local and local.is_dir() else "from the hub"
         raise EvaluationError(
             f"{benchmark.task}: its data cannot be read {where} ({reason}); with no network give --data DIR, "

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cor_vllm.config import WITHOUT_LAMBDA, CorConfig, plan
+from cor_vllm.errors import invalid
 from cor_vllm.evaluate.benchmarks import EvaluationError
 from cor_vllm.scores import Scores
 from cor_vllm.state import State
@@ -34,11 +35,10 @@ def state_of(answer: Any, where: str) -> State | None:
     try:
         return State.model_validate(answer)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(map(str, first["loc"])) or "all of it"
+        path, message, _ = invalid(error)
         raise EvaluationError(
-            f"{where}: GET /v1/cor answers what this version of cor-vllm cannot read ({field}: "
-            f"{first['msg']}); run the same version of cor-vllm there and here"
+            f"{where}: GET /v1/cor answers what this version of cor-vllm cannot read "
+            f"({'.'.join(path) or 'all of it'}: {message}); run the same version of cor-vllm there and here"
         ) from None
 
 

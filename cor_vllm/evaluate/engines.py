@@ -10,14 +10,14 @@ from rich.console import Console
 
 from cor_vllm import lifetime
 from cor_vllm import scores as scores_file
-from cor_vllm.config import ConfigError, CorConfig, disabled, plan
+from cor_vllm.config import CorConfig, disabled, plan
+from cor_vllm.errors import CorError, cause
 from cor_vllm.evaluate.benchmarks import EvaluationError, chosen, load_task
 from cor_vllm.evaluate.claims import Claim, check
 from cor_vllm.evaluate.completion import complete, new_run, ready
 from cor_vllm.evaluate.conditions import Condition, Sources
 from cor_vllm.evaluate.harness import engine_model, quiet
 from cor_vllm.evaluate.options import EvaluateOptions, read_sources, scores_path
-from cor_vllm.scores import ScoresError
 from cor_vllm.state import combine
 
 
@@ -64,19 +64,13 @@ def _engine_main(options: EvaluateOptions, condition: Condition, reasons: Connec
     lifetime.guard()
     try:
         _measure(options, condition)
-    except (EvaluationError, ScoresError, ConfigError) as error:
+    except CorError as error:
         reasons.send(str(error))
         sys.exit(1)
     except (ValueError, RuntimeError, OSError) as error:  # what vLLM raises for an engine that does not start
         traceback.print_exc()
-        reasons.send(f"its engine failed ({_reason(error)})")
+        reasons.send(f"its engine failed ({cause(error)})")
         sys.exit(1)
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if "errors.pydantic.dev" not in line]
-    return lines[-1] if lines else type(error).__name__
 
 
 def _measure(options: EvaluateOptions, condition: Condition) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.errors import first_line
 from cor_vllm.evaluate.benchmarks import Benchmark, EvaluationError, task_manager
 from cor_vllm.evaluate.items import chance, read_items
 from cor_vllm.evaluate.prompts import Fitted, is_cut, length, new_tokens, resolve_limit
@@ -54,7 +55,7 @@ def load_tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model)
     except Exception as error:  # of files, of the hub, of tokenizers that lack a package
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise EvaluationError(
             f"{model}: its tokenizer cannot be loaded ({reason}); MODEL must be the folder of a checkpoint "
             "with its tokenizer, or a hub id"
@@ -213,7 +214,7 @@ def canary(lm: Any, where: str) -> None:
     try:
         values = [float(value) for value, _ in lm.loglikelihood(requests, disable_tqdm=True)]
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise EvaluationError(f"{where}: gives no log-likelihoods ({reason}); {remedy}") from error
     short, long = values
     if not all(torch.isfinite(torch.tensor(values))) or short >= 0 or long >= 0 or short == long:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cor_vllm import scores as scores_file
+from cor_vllm.errors import invalid
 from cor_vllm.evaluate.benchmarks import EvaluationError
 from cor_vllm.evaluate.conditions import PERMUTATIONS, Condition, Sources, table
 
@@ -48,11 +49,10 @@ class EvaluateOptions(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = str(first["loc"][0])
+            (field, *_), message, _ = invalid(error)
             flag = "--" + FLAGS.get(field, field).replace("_", "-")
             name = "MODEL" if field == "model" else flag
-            raise EvaluationError(f"{name} {first['input']}: {first['msg']}") from None
+            raise EvaluationError(f"{name} {values[field]}: {message}") from None
 
 
 def read_sources(options: EvaluateOptions) -> Sources:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cor_vllm.errors import cause
 from cor_vllm.evaluate.benchmarks import EvaluationError
 from cor_vllm.evaluate.items import Items
 
@@ -72,8 +73,7 @@ def load(path: Path) -> Run:
     try:
         return Run.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, OSError, UnicodeDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise EvaluationError(f"{path}: not a result of this version ({reason}); delete it") from None
+        raise EvaluationError(f"{path}: not a result of this version ({cause(error)}); delete it") from None
 
 
 def resumed(folder: Path, fresh: Run) -> Run:
