@@ -26,12 +26,15 @@ _watchers: dict[int, "subprocess.Popen[bytes]"] = {}  # by the pid that they wat
 
 
 def guard() -> None:
-    """End all processes that this one starts, and theirs, when it ends; calling it twice is harmless."""
-    if os.getpid() in _watchers or not (PROC / "self/task").is_dir():
+    """End all processes that this one starts from now on, and theirs, when it ends; twice is harmless."""
+    pid = os.getpid()
+    if pid in _watchers or not (PROC / "self/task").is_dir():
         return
+    # A shell that became this process (`server & exec cor-vllm …`) left it children that are not ours to end.
+    others = [child for child in _children(pid) if _started(child) is not None]
     # It has nothing of ours open, and no signal to our session or our terminal reaches it.
-    _watchers[os.getpid()] = subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__, str(os.getpid())],
+    _watchers[pid] = subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__, *map(str, [pid, *others])],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -94,15 +97,16 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _watch(parent: int) -> None:
+def _watch(parent: int, others: Iterable[int]) -> None:
+    """Watch `parent`, whose children `others` are not to be ended."""
+    left = {pid: _started(pid) for pid in (os.getpid(), *others)}
     known: Processes = {}
     while os.getppid() == parent:
-        known = _alive({**known, **tree([parent])})
-        for pid in (parent, os.getpid()):
-            known.pop(pid, None)
+        children = (pid for pid in _children(parent) if pid not in left or _started(pid) != left[pid])
+        known = _alive({**known, **tree(children)})
         time.sleep(POLL_SECONDS)
     end(known)
 
 
 if __name__ == "__main__":
-    _watch(int(sys.argv[1]))
+    _watch(int(sys.argv[1]), map(int, sys.argv[2:]))

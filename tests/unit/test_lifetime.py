@@ -76,6 +76,39 @@ def test_a_tree_ends_with_its_root(end: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_child_that_a_shell_left_is_not_ended(end: signal.Signals) -> None:
+    """`server & exec cor-vllm …`: the shell became this process, and its background jobs are our children."""
+    source = (
+        "import os, subprocess, sys\nfrom cor_vllm import lifetime\n"
+        "lifetime.guard()\n"
+        f"ours = subprocess.Popen([sys.executable, '-c', {SLEEP!r}])\n"
+        "print(ours.pid, flush=True)\nours.wait()"
+    )
+    parent = subprocess.Popen(
+        ["sh", "-c", 'sleep 600 & echo $!; exec "$0" -c "$1"', sys.executable, source],
+        stdout=subprocess.PIPE, cwd=ROOT,
+    )  # fmt: skip
+    assert parent.stdout is not None
+    theirs, ours = (int(parent.stdout.readline()) for _ in range(2))
+    try:
+        wait(lambda: ours in lifetime.tree([parent.pid]) and theirs in lifetime.tree([parent.pid]))
+        time.sleep(3 * lifetime.POLL_SECONDS)
+        watcher = next(
+            pid for pid in lifetime.tree([parent.pid])
+            if "lifetime.py" in (Path("/proc") / str(pid) / "cmdline").read_text()
+        )  # fmt: skip
+        parent.send_signal(end)
+        parent.wait(60)
+        wait(lambda: lifetime._started(ours) is None and lifetime._started(watcher) is None)
+        assert lifetime._started(theirs) is not None
+    finally:
+        parent.kill()
+        for pid in (theirs, ours):
+            if lifetime._started(pid) is not None:
+                os.kill(pid, signal.SIGKILL)
+
+
 def test_what_was_not_started_here_is_left_alone() -> None:
     """A number that was used again is another process."""
     process = subprocess.Popen([sys.executable, "-c", SLEEP])
