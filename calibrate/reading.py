@@ -42,7 +42,7 @@ SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (rb"%PDF-\d", "a PDF"),
     (rb"\{\\rtf\d", "an RTF document"),
     (rb"\xd0\xcf\x11\xe0", "an old Office document"),
-    (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a", "a picture"),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a.{0,1000}\0", "a picture"),
 )
 MARKUP = re.compile(r"\s*<(!doctype html|html|\?xml)\b", re.IGNORECASE)
 # Tables and markup are text that no byte tells from prose: here the name has to.
@@ -51,6 +51,12 @@ NAMES = {
     ".html": "a web page", ".htm": "a web page", ".xml": "an XML file",
 }  # fmt: skip
 JSON_NAMES = {".json", ".jsonl", ".ndjson", ".jsonlines"}
+STRING = r'"(?:[^"\\]|\\.)*"\s*'
+# What follows the first string tells JSON that may be broken from prose like `["Yes," she said.]`.
+BEGINNING = re.compile(
+    rf'\{{\s*{STRING}:|\[\s*(\{{\s*{STRING}:|{STRING}(,\s*(["\[{{\]\d-]|true|false|null)|\]\s*(\n|\Z)))',
+    re.DOTALL,
+)
 BOMS = (  # UTF-32's first: UTF-16's is the beginning of it
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -86,15 +92,15 @@ class Given:
     def is_json(self) -> bool:
         """Whether this is JSON and not prose: by the name, or by the first characters.
 
-        A file of another name is JSON if it begins with `{"`, `["` or `[{"`, if its first line is an object,
-        or if the whole is a list or an object.
+        A file of another name is JSON if it begins as a list or an object with a string does, up to what
+        follows the string; if its first line is an object; or if the whole is a list or an object.
         """
         if self.suffix in JSON_NAMES:
             return True
         text = self.text.lstrip()
         if not text.startswith(("{", "[")):
             return False
-        if re.match(r'\{\s*"|\[\s*(\{\s*)?"', text):
+        if BEGINNING.match(text):
             return True
         return isinstance(_parsed(text.split("\n")[0]), dict) or isinstance(_parsed(text), list | dict)
 
@@ -151,7 +157,7 @@ def read(path: Path, option: str, wanted: str) -> Given:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error):
             raise CalibrationError(f"{name}: is a damaged or incomplete gzip file; make it again") from None
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in (".gz", ".gzip")]
     suffix = suffixes[-1] if suffixes else ""
     given = Given(name, suffix, wanted, _decoded(data, name, wanted), sha256)
     if not given.text.strip():

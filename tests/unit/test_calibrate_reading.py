@@ -58,7 +58,7 @@ PACKED: dict[str, Callable[[str], bytes]] = {
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        *itertools.product(["a.json", "a.jsonl", "a.ndjson", "A.JSONL.GZ"], FORMS),
+        *itertools.product(["a.json", "a.jsonl", "a.ndjson", "A.JSONL.GZ", "a.jsonl.gzip"], FORMS),
         # Lines within quotation marks are prose where the name does not say JSON.
         *itertools.product(["a.txt", "a", "a.csv"], sorted(FORMS.keys() - {"lines of strings"})),
     ],
@@ -81,8 +81,12 @@ def test_prose_is_the_same_however_it_is_packed(tmp_path: Path, packed: str) -> 
 
 @pytest.mark.parametrize(
     "text",
-    ["[1] Smith, J.", "[1]\nSmith", "{sic} he wrote", "[[Paris]] is a city.", '"Yes."', "[Music]", "{", "5"],
-)
+    [
+        "[1] Smith, J.", "[1]\nSmith", "{sic} he wrote", "[[Paris]] is a city.", '"Yes."', "[Music]", "{",
+        "5", '["Yes," she said, "now."]', '["Smith 1990"] says so.', '["a"][0] is "a".',
+        '{"Yes"} was cut there.', "GIF89a is a form of pictures.",
+    ],
+)  # fmt: skip
 def test_prose_that_begins_like_json_stays_prose(tmp_path: Path, text: str) -> None:
     file = tmp_path / "a.txt"
     file.write_text(text)
@@ -91,7 +95,8 @@ def test_prose_that_begins_like_json_stays_prose(tmp_path: Path, text: str) -> N
 
 @pytest.mark.parametrize("name", ["a.txt", "a"])
 @pytest.mark.parametrize(
-    "text", ['["a",\n"b",]', '[{"text": "a"},\n', '{"text": "a"}\n{"text": ', '{"text":']
+    "text",
+    ['["a",\n"b",]', '["a", "b\\""]\n["c"', '[{"text": "a"},\n', '{"text": "a"}\n{"text": ', '{"text":'],
 )
 def test_broken_json_is_not_prose(tmp_path: Path, name: str, text: str) -> None:
     file = tmp_path / name
