@@ -3,11 +3,20 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from cor_vllm import __version__, exits
 from cor_vllm.arguments import given, path
 from cor_vllm.errors import invalid
 from cor_vllm.evaluate.command import add_evaluate, add_tune, run_evaluate, run_tune
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's own says nothing where its help or a version cannot be written."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)
+
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -26,13 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options; each command's `handler` runs it."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cor-vllm",
         description="Counterfactual routing for mixture-of-experts models served by vLLM.",
         epilog=exits.HELP,
     )
     parser.add_argument("--version", action="version", version=f"cor-vllm {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands: Any = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_calibrate(commands)
     _add_show(commands)
     _add_plot(commands)

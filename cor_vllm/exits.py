@@ -55,6 +55,7 @@ def run(command: Callable[[], int]) -> int:
     Raises:
         SystemExit: a usage error (code 2), or a code with which a library ended the process.
     """
+    _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):
         # A Σ that the terminal's encoding lacks is printed as \u03a3; so is a path's byte that is not UTF-8.
         if hasattr(stream, "reconfigure"):
@@ -75,6 +76,16 @@ def run(command: Callable[[], int]) -> int:
         return code
     finally:
         _drop_what_cannot_be_written()
+
+
+def _open_what_is_closed() -> None:
+    """Streams that the process was started without (`>&-`): a file opened later would take their numbers."""
+    if sys.stdout is None or sys.stderr is None:
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            os.set_inheritable(number, True)
+        os.close(number)
+        sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _flushed(command: Callable[[], int]) -> int:

@@ -62,11 +62,14 @@ def test_a_closed_pipe_ends_quietly(name: str, file: Path) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-@pytest.mark.parametrize("name", ["--help", "show"])
-def test_a_full_disk_behind_stdout_is_one_line(name: str, file: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("name", ["--help", "--version", "show"])
+def test_a_full_disk_behind_stdout_is_one_line(name: str, unbuffered: str, file: Path) -> None:
+    environment = {"PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "wb") as full:
-        done = command(*{"show": ["show", file]}.get(name, [name]), stdout=full)
-    assert "standard output: No space left on device; make room" in one_line(done)
+        done = command(*{"show": ["show", file]}.get(name, [name]), stdout=full, environment=environment)
+    where = "" if unbuffered else "standard output: "  # nothing that was printed waits
+    assert f"cor-vllm: error: {where}No space left on device; make room" in one_line(done)
 
 
 def test_streams_that_cannot_be_written_change_no_exit_code() -> None:
@@ -76,6 +79,22 @@ def test_streams_that_cannot_be_written_change_no_exit_code() -> None:
         assert start(source, stderr=full).returncode == 1
     closed = start(source, preexec_fn=lambda: (os.close(1), os.close(2)))
     assert (closed.returncode, closed.stdout, closed.stderr) == (1, b"", b"")
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1), (0, 1, 2)])
+def test_streams_that_are_closed_from_the_start(closed: tuple[int, ...]) -> None:
+    """What is opened later does not take their numbers, and evaluate can turn stdout into stderr."""
+    source = (
+        "import os, sys; from cor_vllm import exits; from cor_vllm.evaluate.command import _run\n"
+        "def main():\n"
+        "    with _run(): print('log')\n"
+        "    print('table'); return 0 if os.open('/', os.O_RDONLY) > 2 else 1\n"
+        "sys.exit(exits.run(main))"
+    )
+    done = start(["-c", source], preexec_fn=lambda: [os.close(number) for number in closed])
+    assert done.returncode == 0
+    assert done.stdout == (b"" if 1 in closed else b"table\n")
+    assert done.stderr == (b"" if 2 in closed else b"log\n")
 
 
 def test_a_terminal_without_greek(file: Path) -> None:
