@@ -1,8 +1,13 @@
 """The rows that vLLM measures in this machine: one engine per condition, in a process of its own."""
 
+import contextlib
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -43,7 +48,8 @@ def in_own_process(options: EvaluateOptions, condition: Condition) -> None:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_engine_main, args=(options, condition, sender))
-    child.start()
+    with _deaf_to_the_terminal():
+        child.start()
     sender.close()
     try:
         child.join()
@@ -60,8 +66,25 @@ def in_own_process(options: EvaluateOptions, condition: Condition) -> None:
         raise EvaluationError(f"{condition.name}: {reason}; the same command goes on from here")
 
 
+@contextlib.contextmanager
+def _deaf_to_the_terminal() -> Iterator[None]:
+    """Ctrl-C reaches all processes of a terminal: those started here leave the answer to this one.
+
+    They would each print a traceback; this one ends them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _engine_main(options: EvaluateOptions, condition: Condition, reasons: Connection) -> None:
     lifetime.guard()
+    os.setsid()  # vLLM's processes would answer Ctrl-C with tracebacks of theirs
     try:
         _measure(options, condition)
     except CorError as error:

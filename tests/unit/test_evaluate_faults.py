@@ -2,9 +2,11 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -172,6 +174,23 @@ def test_an_engine_process_gives_its_reason(tmp_path: Path) -> None:
     options = EvaluateOptions(model=str(MODEL), output=tmp_path, scores=tmp_path / "missing")
     with pytest.raises(EvaluationError, match=r"standard: .*missing: cannot be read.*goes on from here"):
         engines.in_own_process(options, Condition("standard", ""))
+
+
+def _hears_the_terminal(options: object, condition: object, reasons: Connection) -> None:
+    reasons.send(str(signal.getsignal(signal.SIGINT) is signal.SIG_IGN))
+    sys.exit(1)
+
+
+def test_the_engines_process_leaves_an_interrupt_to_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both get a terminal's Ctrl-C; the engine's would print a traceback."""
+    monkeypatch.setattr(engines, "_engine_main", _hears_the_terminal)
+    before = signal.getsignal(signal.SIGINT)
+    options = EvaluateOptions(model=str(MODEL), output=tmp_path)
+    with pytest.raises(EvaluationError, match="standard: True;"):
+        engines.in_own_process(options, Condition("standard", ""))
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_stdout_is_for_the_table(tmp_path: Path) -> None:
