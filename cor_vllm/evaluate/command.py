@@ -59,7 +59,12 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "row for each. MODEL then gives the tokenizer; call the one without counterfactual routing "
         "`standard`. A server whose row has the name of a condition must say of itself that it routes so",
     )
-    add("--served-name", metavar="NAME", help="what the servers call the model (default: each one's first)")
+    add(
+        "--served-name",
+        type=given,
+        metavar="NAME",
+        help="what the servers call the model (default: each one's first)",
+    )
     return parser
 
 
@@ -124,7 +129,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="rows per forward with transformers, prompts per request with servers (default: %(default)s)",
     )
     add("--dtype", choices=DTYPES, help="as for calibrate and vllm (default: auto)")
-    add("--device", help="with transformers: as for calibrate")
+    add("--device", type=given, help="with transformers: as for calibrate")
     add("--seed", type=int, default=0, help="of draws, permutations and bootstrap (default: 0)")
 
 

@@ -66,8 +66,12 @@ def base_of(name: str, url: str) -> str:
         raise EvaluationError(
             f"--server {name}={url}: a row's name is also a file's: letters, digits, and . _ + @ - within"
         )
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        port_is_one = parts.port != 0  # ValueError where it is not a port
+    except ValueError:
+        parts, port_is_one = urlsplit(""), False
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_one:
         raise EvaluationError(f"--server {name}={url}: not an address like http://127.0.0.1:8000")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 

@@ -224,6 +224,8 @@ def test_faults_of_servers_are_one_line(
     [
         (["--server", "full=ftp://h/"], "not an address"),
         (["--server", "full=localhost:8000"], "not an address"),
+        (["--server", "full=http://[::1"], "not an address"),
+        (["--server", "full=http://localhost:80000/v1"], "not an address"),
         (["--server", "../full=http://h"], "a row's name is also a file's"),
         (["--server", "a|b=http://h"], "a row's name is also a file's"),
         (["--server", "a=http://h", "--server", "a=http://i"], "--server a=…: is there twice"),
