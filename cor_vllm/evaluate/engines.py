@@ -2,7 +2,6 @@
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import sys
 import threading
@@ -84,7 +83,6 @@ def _deaf_to_the_terminal() -> Iterator[None]:
 
 def _engine_main(options: EvaluateOptions, condition: Condition, reasons: Connection) -> None:
     lifetime.guard()
-    os.setsid()  # vLLM's processes would answer Ctrl-C with tracebacks of theirs
     try:
         _measure(options, condition)
     except CorError as error:
