@@ -35,6 +35,7 @@ def given(parser: argparse.ArgumentParser, flags: Sequence[str], own: Mapping[st
     for flag in flags:
         if flag.startswith("--config="):
             raise FlagError(f"{flag}: vLLM takes no notice of this form; give --config FILE, with a space")
+    parser.usage = "%(prog)s MODEL … [flags of vLLM's engine]"  # all of them would hide the error
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # what is in the result was given
     try:

@@ -69,8 +69,7 @@ def run(command: Callable[[], int]) -> int:
         code, line = _ending(error)
         # Where the reader is gone or the disk is full, stderr may be gone, too, and nobody is left to tell.
         with contextlib.suppress(OSError, ValueError):
-            if os.environ.get("COR_TRACEBACK", "") not in ("", "0"):
-                traceback.print_exception(error)
+            print_traceback(error)
             if line:
                 print(f"cor-vllm: {line}", file=sys.stderr, flush=True)
         return code
@@ -86,6 +85,12 @@ def _open_what_is_closed() -> None:
         os.close(number)
         sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
         sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def print_traceback(error: BaseException) -> None:
+    """For whoever asked for it by COR_TRACEBACK=1; else nothing."""
+    if os.environ.get("COR_TRACEBACK", "") not in ("", "0"):
+        traceback.print_exception(error)
 
 
 def _flushed(command: Callable[[], int]) -> int:

@@ -5,14 +5,13 @@ import multiprocessing
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 from rich.console import Console
 
-from cor_vllm import lifetime
+from cor_vllm import exits, lifetime
 from cor_vllm import scores as scores_file
 from cor_vllm.config import CorConfig, disabled, plan
 from cor_vllm.errors import CorError, cause
@@ -88,8 +87,8 @@ def _engine_main(options: EvaluateOptions, condition: Condition, reasons: Connec
     except CorError as error:
         reasons.send(str(error))
         sys.exit(1)
-    except (ValueError, RuntimeError, OSError) as error:  # what vLLM raises for an engine that does not start
-        traceback.print_exc()
+    except Exception as error:  # of vLLM, the harness, the system: the parent says it in one line, and fails
+        exits.print_traceback(error)
         reasons.send(f"its engine failed ({cause(error)})")
         sys.exit(1)
 

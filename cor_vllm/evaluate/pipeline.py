@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cor_vllm.config import CorConfig, doubts
 from cor_vllm.evaluate import runs
 from cor_vllm.evaluate.benchmarks import EvaluationError, chosen, load_task
 from cor_vllm.evaluate.completion import Tasks, complete, new_run, ready
@@ -54,6 +55,8 @@ def _in_process(options: EvaluateOptions, console: Console, rows: Sequence[Condi
     wanted = list(rows) if rows else _wanted(options, console)
     if options.backend == "vllm":
         check_enabled(wanted)
+    for line in _doubts(wanted, sources):
+        console.print(f"warning: {line}", highlight=False)
     benchmarks = _benchmarks(options)
     if options.backend == "transformers":
         return _in_transformers(options, benchmarks, sources, wanted, console)
@@ -63,6 +66,17 @@ def _in_process(options: EvaluateOptions, console: Console, rows: Sequence[Condi
         )
         in_own_process(options, condition)
     return [runs.load(runs.path_of(options.output, condition.name)) for condition in wanted]
+
+
+def _doubts(wanted: Sequence[Condition], sources: Sources) -> list[str]:
+    """What a server would say at its start about the options of the rows, no line twice."""
+    lines: list[str] = []
+    for row in wanted:
+        if row.options is not None:
+            scores = sources.scores[row.source]
+            config = CorConfig.of({"scores": "-", **row.options}).resolved(scores.config.serving)
+            lines += doubts(config, scores)
+    return list(dict.fromkeys(lines))
 
 
 def _benchmarks(options: EvaluateOptions) -> Tasks:
