@@ -109,7 +109,8 @@ def router_layers(files: Sequence[Path], num_hidden_layers: int) -> Iterator[Rou
         num_hidden_layers: decoder layers of the model.
 
     Raises:
-        FingerprintError: a file is not readable, routers are quantised, or two tensors claim one router.
+        FingerprintError: a file is not readable, routers are quantised, a value is not finite, or two tensors
+            claim one router.
     """
     routers: dict[int, dict[str, list[tuple[str, Path]]]] = {}
     norms: dict[int, tuple[str, Path]] = {}
@@ -124,7 +125,8 @@ def router_layers(files: Sequence[Path], num_hidden_layers: int) -> Iterator[Rou
     _refuse_quantised(files[0].parent, routers, dtypes)
     for layer in sorted(routers):
         tensors = {t: _one_of(routers[layer][t]) for t in TENSORS if t in routers[layer]}
-        yield RouterTensors(layer, tensors, _read(*norms[layer]) if layer in norms else None)
+        norm = _finite(*norms[layer]) if layer in norms else None
+        yield RouterTensors(layer, tensors, norm)
 
 
 def _names(files: Sequence[Path]) -> list[tuple[str, Path, str]]:
@@ -163,12 +165,23 @@ def _refuse_quantised(
 def _one_of(named: list[tuple[str, Path]]) -> torch.Tensor:
     """The values under these names, which must be the same if there are several."""
     (first, file), *others = named
-    values = _read(first, file)
+    values = _finite(first, file)
     for name, elsewhere in others:
         if not torch.equal(_read(name, elsewhere).float(), values.float()):
             raise FingerprintError(
                 f"{first} in {file} and {name} in {elsewhere} differ, and both name one router; remove one"
             )
+    return values
+
+
+def _finite(name: str, file: Path) -> torch.Tensor:
+    """The values of a tensor; those that a cast to float16 pushed to infinity describe no router."""
+    values = _read(name, file)
+    if not values.isfinite().all():
+        raise FingerprintError(
+            f"{file}: {name} has values that are not finite, as a cast to float16 makes of large ones; "
+            "download the model again, or use a copy in another dtype"
+        )
     return values
 
 

@@ -76,9 +76,11 @@ def routers_of(files: Sequence[Path], num_hidden_layers: int) -> Routers:
 
 def _num_hidden_layers(file: Path) -> int:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_bytes())
         found: int = (config.get("text_config") or config)["num_hidden_layers"]
-    except (OSError, ValueError, KeyError) as error:
+        if type(found) is not int:
+            raise TypeError(f"it is {found!r}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FingerprintError(
             f"{file}: says no num_hidden_layers ({type(error).__name__}: {error}); download the model again"
         ) from None

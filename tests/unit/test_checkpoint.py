@@ -215,3 +215,43 @@ def test_scales_next_to_a_router_that_is_not_quantised(original: Path, tmp_path:
         weights["model.layers.1.mlp.gate.input_scale"] = torch.ones(1)
 
     assert read_routers(copy(original, tmp_path / "copy", add)) == read_routers(original)
+
+
+@pytest.mark.parametrize(
+    "name", ["mlp.gate.weight", "mlp.gate.e_score_correction_bias", "post_attention_layernorm.weight"]
+)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=str)
+def test_values_that_are_not_finite_are_named(
+    original: Path, tmp_path: Path, name: str, value: float
+) -> None:
+    """A cast to float16 pushes large values to infinity."""
+
+    def overflow(weights: Weights) -> None:
+        weights[f"model.layers.1.{name}"].flatten()[0] = value
+
+    folder = copy(original, tmp_path / "copy", overflow)
+    with pytest.raises(
+        FingerprintError, match=rf"model\.safetensors: model\.layers\.1\.{name} .*not finite"
+    ) as caught:
+        read_routers(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[]",
+        "{}",
+        '{"num_hidden_layers": "3"}',
+        '{"num_hidden_layers": null}',
+        '{"text_config": "x"}',
+        '"',
+        "\ufeff{",
+    ],
+)
+def test_a_configuration_that_says_no_number_of_layers(original: Path, tmp_path: Path, config: str) -> None:
+    folder = copy(original, tmp_path / "copy")
+    (folder / "config.json").write_text(config)
+    with pytest.raises(FingerprintError, match=r"config\.json: says no num_hidden_layers") as caught:
+        read_routers(folder)
+    assert "\n" not in str(caught.value)
