@@ -164,6 +164,26 @@ def test_routers_that_were_trained(models, tmp_path: Path, change, with_norm, dt
     assert difference(original, copy(original, tmp_path / "copy", train)) == Difference(other=(1,))
 
 
+def test_a_light_fine_tune_next_to_large_channels(models, tmp_path: Path) -> None:
+    """Norms of published models have channels ten times the others, which the product then consists of."""
+
+    def enlarge(weights: Weights) -> None:
+        for name in (*routers(weights), *(n for n in weights if "post_attention_layernorm" in n)):
+            weights[name][..., :4] *= 20
+
+    original = copy(models("olmoe", BF16), tmp_path / "original", enlarge)
+    for seed in range(8):
+
+        def train(weights: Weights, seed: int = seed) -> None:
+            noise = torch.Generator().manual_seed(seed)
+            values = weights[routers(weights)[1]]
+            step = 1.2e-2 * values.float().std()
+            values += (step * torch.randn(values.shape, generator=noise)).to(values.dtype)
+
+        fine_tune = copy(original, tmp_path / f"copy-{seed}", train)
+        assert difference(original, fine_tune) == Difference(other=(1,))
+
+
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
 def test_a_bias_counts_with_and_without_awq(models, tmp_path: Path, family: str) -> None:
     original = models(family, BF16)
