@@ -151,6 +151,11 @@ def loader_files(engine: "VllmConfig") -> list[Path]:
 def _compare_routers(path: str, scores: Scores, found: Routers) -> list[str]:
     file_layers = tuple(scores.layer_index.tolist())
     if file_layers != found.layers:
+        if missing := sorted(set(file_layers) - set(found.layers)):
+            raise MisfitError(
+                f"{path}: the model's files have no router for decoder layers {missing}, and the scores file "
+                "does: if a file is missing, download the model again; if it is another model, calibrate it"
+            )
         _compare(path, "number of MoE layers", len(file_layers), len(found.layers))
         _compare(path, "layer_index", list(file_layers), list(found.layers))
     model = scores.config.model

@@ -11,6 +11,7 @@ from cor_vllm import fit, scores
 from cor_vllm.copies import ROUNDING, Difference, compare, sketch
 from cor_vllm.fingerprint import read_routers
 from tests import tiny_models
+from tests.make_scores import make
 from tests.model_copies import Weights, cast, copy, folded, other_routers, routers, shard
 
 ROOT = Path(__file__).parents[2]
@@ -202,6 +203,20 @@ def test_another_model(models, tmp_path: Path) -> None:
     original = models("mixtral", BF16)
     other = copy(original, tmp_path / "copy", other_routers)
     assert difference(original, other) == Difference(other=(0, 1, 2))
+
+
+def test_a_router_that_the_files_lack_is_named(models, tmp_path: Path) -> None:
+    """A shard is missing, and no index says so: nothing that a calibration would mend."""
+    original = models("qwen3_moe", BF16)
+
+    def lose(weights: Weights) -> None:
+        del weights[routers(weights)[1]]
+
+    lacking = read_routers(copy(original, tmp_path / "copy", lose))
+    with pytest.raises(
+        fit.MisfitError, match=r"no router for decoder layers \[1\].*download the model again"
+    ):
+        fit._compare_routers("S", make(original), lacking)
 
 
 def test_what_describes_a_router_is_the_same_for_ever() -> None:
