@@ -13,11 +13,11 @@ import pytest
 
 from cor_vllm import cli
 from cor_vllm import scores as scores_file
-from cor_vllm.evaluate import engines, runs
+from cor_vllm.evaluate import engines, pipeline, runs
 from cor_vllm.evaluate.benchmarks import EvaluationError
 from cor_vllm.evaluate.claims import Claim
 from cor_vllm.evaluate.conditions import Condition
-from cor_vllm.evaluate.options import EvaluateOptions
+from cor_vllm.evaluate.options import EvaluateOptions, available, read_sources
 from tests import fake_server
 from tests.fake_server import Fake
 from tests.make_scores import make
@@ -206,3 +206,15 @@ def test_stdout_is_for_the_table(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-uc", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["table", "after"]
     assert sorted(done.stderr.split()) == ["c", "child", "python"]
+
+
+def test_options_that_are_hardly_meant_are_said_once(file: Path, tmp_path: Path) -> None:
+    def said(**more: float) -> list[str]:
+        options = EvaluateOptions.of(model=str(MODEL), output=tmp_path, scores=file, **more)
+        rows = [row for row in available(options) if row.name in ("standard", "full", "expert")]
+        assert len(rows) == 3
+        return pipeline._doubts(rows, read_sources(options))
+
+    (line,) = said(lambda_=1000.0)
+    assert line.startswith("λ = 1000 is beyond the stable range, 0.05 to 0.2")
+    assert said() == []
