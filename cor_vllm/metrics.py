@@ -92,7 +92,9 @@ class Metrics:
             if family.name in shown:
                 _, labels = self._gauges[family.name]
                 shown[family.name] |= {
-                    tuple(sample.labels[label] for label in labels) for sample in family.samples
+                    tuple(sample.labels[label] for label in labels)
+                    for sample in family.samples
+                    if set(labels) <= set(sample.labels)  # another version may have had others
                 }
         return shown
 

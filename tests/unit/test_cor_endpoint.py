@@ -281,13 +281,19 @@ MultiProcessCollector(registry)
 print(generate_latest(registry).decode())
 """
 
+OTHER_VERSION = """
+from prometheus_client import Gauge
+
+Gauge("cor_info", "with labels of its own", ["age"], multiprocess_mode="mostrecent").labels("old").set(1)
+"""
+
 
 def test_a_folder_that_an_earlier_server_left_shows_the_routing_in_force(tmp_path):
     """PROMETHEUS_MULTIPROC_DIR of the user's own: three servers, the first two in one process."""
 
-    def start(*arguments: str) -> dict[str, float]:
+    def start(*arguments: str, program: str = MULTIPROCESS) -> dict[str, float]:
         done = subprocess.run(
-            [sys.executable, "-c", MULTIPROCESS, *arguments],
+            [sys.executable, "-c", program, *arguments],
             env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
             capture_output=True, text=True, check=True, timeout=300,
         )  # fmt: skip
@@ -295,8 +301,9 @@ def test_a_folder_that_an_earlier_server_left_shows_the_routing_in_force(tmp_pat
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
     def infos(shown: dict[str, float]) -> dict[str, float]:
-        return {re.search(r'sha256="(.)', n)[1]: v for n, v in shown.items() if n.startswith("cor_info")}
+        return {re.search(r'sha256="(.)', n)[1]: v for n, v in shown.items() if n.startswith("cor_info{f")}
 
+    start(program=OTHER_VERSION)
     shown = start("a" * 64, "2", "b" * 64, "2")
     assert infos(shown) == {"a": 0, "b": 1}
     assert shown['cor_top_k{layer="3"}'] == 4 and shown['cor_hooked_layers{worker="1"}'] == 1
