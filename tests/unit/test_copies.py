@@ -165,6 +165,21 @@ def test_routers_that_were_trained(models, tmp_path: Path, change, with_norm, dt
     assert difference(original, copy(original, tmp_path / "copy", train)) == Difference(other=(1,))
 
 
+def test_a_change_that_vanishes_in_a_rounding_is_accepted(models, tmp_path: Path) -> None:
+    """Float32 routers that round to the file's bfloat16 ones: a fine-tune as small cannot be told."""
+    original = models("olmoe", BF16)
+
+    def train(step: float) -> Callable[[Weights], None]:
+        def change(weights: Weights) -> None:
+            name = routers(weights)[1]
+            weights[name] = weights[name].float() * (1 + step)
+
+        return change
+
+    assert difference(original, copy(original, tmp_path / "less", train(2.0**-11))) == SAME
+    assert difference(original, copy(original, tmp_path / "more", train(2.0**-7))) == Difference(other=(1,))
+
+
 def test_a_light_fine_tune_next_to_large_channels(models, tmp_path: Path) -> None:
     """Norms of published models have channels ten times the others, which the product then consists of."""
 
