@@ -12,7 +12,7 @@ from cor_vllm.calibrate.corpus import (
     read_positions,
     read_token_ids,
 )
-from cor_vllm.errors import first_line
+from cor_vllm.calibrate.loading import load_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,15 +80,10 @@ def _heldout_parts(options: CalibrationOptions) -> list[int]:
 
 class _Tokenizer:
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            reason = first_line(error)
-            raise CalibrationError(
-                f"{folder}: no usable tokenizer ({reason}); add its files, or give --token-ids"
-            ) from None
+            self._tokenizer = load_tokenizer(folder)
+        except CalibrationError as error:
+            raise CalibrationError(f"{error}, or give --token-ids") from None
         # A model trained with a BOS before every text must see it before every window, or the first
         # positions are measured out of distribution.
         bos = self._tokenizer.bos_token_id

@@ -43,6 +43,25 @@ def model_folder(name: str) -> tuple[Path, str | None]:
     return folder, folder.name
 
 
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        CalibrationError: none can be loaded, or what is loaded makes no tokens of a text, as the empty one
+            that transformers gives for a folder without a tokenizer's files.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        reason = "" if tokenizer("A text.").input_ids else "it makes no tokens of a text"
+    except Exception as error:  # of files, of the hub, of tokenizers that lack a package
+        reason = first_line(error)
+    if reason:
+        raise CalibrationError(f"{name}: no usable tokenizer ({reason}); add the files of the model's own")
+    return tokenizer
+
+
 def read_config(folder: Path) -> Any:
     """The transformers configuration of a checkpoint of a supported family; loads no weights."""
     from transformers import AutoConfig

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cor_vllm.errors import CorError, invalid
+from cor_vllm.errors import CorError, invalid, one_line
 from cor_vllm.metadata import Mode, ServingInfo
 from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
 
@@ -104,6 +104,11 @@ class CorConfig(BaseModel):
             return cls.model_validate(options)
         except ValidationError as error:
             where, message, value = invalid(error)
+            if not isinstance(options, dict) or "scores" not in options:
+                raise ConfigError(
+                    f"cor: {one_line(repr(options))}: must be an object with `scores`, the path of a scores "
+                    "file (`cor-vllm calibrate` writes one)"
+                ) from None
             got = f", got {value}" if where else ""
             raise ConfigError(f"{'.'.join(['cor', *where])}: {message}{got}") from None
 

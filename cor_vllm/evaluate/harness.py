@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cor_vllm.calibrate.loading import load_tokenizer
 from cor_vllm.calibrate.moe_model import MoeModel
 from cor_vllm.errors import first_line
 from cor_vllm.evaluate.benchmarks import Benchmark, EvaluationError, task_manager
@@ -42,24 +43,6 @@ def quiet() -> None:
         requests.setLevel(logging.WARNING)
         requests.propagate = False
         requests.addHandler(_refusals)
-
-
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a folder or hub id.
-
-    Raises:
-        EvaluationError: there is none that can be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # of files, of the hub, of tokenizers that lack a package
-        reason = first_line(error)
-        raise EvaluationError(
-            f"{model}: its tokenizer cannot be loaded ({reason}); MODEL must be the folder of a checkpoint "
-            "with its tokenizer, or a hub id"
-        ) from error
 
 
 class _Final(torch.Tensor):

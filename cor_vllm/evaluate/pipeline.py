@@ -144,8 +144,8 @@ def _in_transformers(
     wanted: Sequence[Condition],
     console: Console,
 ) -> list[Run]:
-    from cor_vllm.calibrate.loading import load_model, model_folder
-    from cor_vllm.evaluate.harness import load_tokenizer, transformers_model
+    from cor_vllm.calibrate.loading import load_model, load_tokenizer, model_folder
+    from cor_vllm.evaluate.harness import transformers_model
     from cor_vllm.evaluate.interventions import Interventions
 
     folder, _ = model_folder(options.model)

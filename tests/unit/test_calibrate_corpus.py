@@ -256,5 +256,12 @@ def test_a_bos_that_the_tokenizer_adds_opens_every_sequence(tmp_path: Path) -> N
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="no usable tokenizer"):
+    with pytest.raises(CalibrationError, match=r"no usable tokenizer .* or give --token-ids"):
+        read_inputs(options(), tmp_path, 512)
+
+
+def test_an_empty_tokenizer_is_none(tmp_path: Path) -> None:
+    """What transformers gives for a folder that has a configuration and no tokenizer."""
+    tiny_models.create("qwen3_moe").config.save_pretrained(tmp_path)
+    with pytest.raises(CalibrationError, match=r"no usable tokenizer \(it makes no tokens of a text\)"):
         read_inputs(options(), tmp_path, 512)

@@ -54,7 +54,7 @@ def test_values_that_are_not_what_they_look_like(options: dict[str, object], mes
 
 @pytest.mark.parametrize("options", ["s", ["s"], None, True, {}])
 def test_options_that_are_none(options: object) -> None:
-    with pytest.raises(ConfigError, match=r"^cor"):
+    with pytest.raises(ConfigError, match=r"^cor: .* must be an object with `scores`, the path"):
         CorConfig.of(options)
 
 

@@ -139,7 +139,7 @@ def test_an_unknown_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     model.mkdir()
     line = ["evaluate", str(model), "--output", str(tmp_path / "o"), "--tasks", TASK]
     assert cli.main([*line, "--server", f"standard={server.url}"]) == 1
-    assert "its tokenizer cannot be loaded" in refused(capsys)
+    assert "no usable tokenizer" in refused(capsys)
 
 
 def test_the_plugin_must_not_be_switched_off(
