@@ -179,6 +179,8 @@ def test_an_engine_of_the_evaluation_gets_the_same(checkpoints, monkeypatch, amx
     got = {}
 
     class VLLM:
+        max_length = 256
+
         def __init__(self, pretrained: str, **arguments: Any) -> None:
             got.update(arguments)
 
