@@ -91,7 +91,7 @@ def _check_checkpoint(path: str, scores: Scores, engine: "VllmConfig") -> None:
             f"load format {load_format!r}: its routers cannot be compared with the scores file; "
             f"load the safetensors checkpoint ({', '.join(_SAFETENSORS_FORMATS)})"
         )
-    for line in compare_files(path, scores, engine):
+    for line in compare_files(path, scores, engine, loader_files(engine)):
         logger.warning("CoR: %s", line)
 
 
@@ -100,11 +100,12 @@ def format_of(engine: "VllmConfig") -> str:
     return str(getattr(engine.load_config.load_format, "value", engine.load_config.load_format))
 
 
-def compare_files(path: str, scores: Scores, engine: "VllmConfig") -> list[str]:
+def compare_files(path: str, scores: Scores, engine: "VllmConfig", files: list[Path]) -> list[str]:
     """Compare the routers in the files that the engine's loader loads with those of the scores file.
 
     Args:
         path: the scores file's.
+        files: of `loader_files`.
 
     Returns:
         What is accepted and still worth a line.
@@ -114,7 +115,7 @@ def compare_files(path: str, scores: Scores, engine: "VllmConfig") -> list[str]:
         FingerprintError: the files cannot be read.
     """
     layers = engine.model_config.get_total_num_hidden_layers()
-    return _compare_routers(path, scores, routers_of(loader_files(engine), layers))
+    return _compare_routers(path, scores, routers_of(files, layers))
 
 
 def loader_files(engine: "VllmConfig") -> list[Path]:

@@ -36,10 +36,11 @@ def check_loaded(model: torch.nn.Module, engine: "VllmConfig") -> None:
     config = config_of(engine)
     if config is None or format_of(engine) == "dummy":
         return
-    compare_files(config.scores, scores_of(config), engine)
+    files = loader_files(engine)  # asked once: for a hub id the loader looks the files up
+    compare_files(config.scores, scores_of(config), engine, files)
     gates = _gates(model)
     other, quantised = [], []
-    for router in router_layers(loader_files(engine), engine.model_config.get_total_num_hidden_layers()):
+    for router in router_layers(files, engine.model_config.get_total_num_hidden_layers()):
         if (gate := gates.pop(router.layer, None)) is None:
             continue  # on another pipeline stage
         if _is_unquantised(gate):

@@ -14,6 +14,7 @@ from cor_vllm.scores import Scores
 from tests import fake_server
 from tests.fake_server import Fake
 from tests.make_scores import make
+from tests.unit.test_evaluate_faults import refused
 
 MODEL = Path("examples/demo/model")
 TASK = "examples/demo/tasks/demo_tail.yaml"
@@ -44,14 +45,6 @@ def digest(path: Path) -> str:
 def evaluate(output: Path, *flags: str, tasks: str = TASK) -> int:
     command = ["evaluate", str(MODEL), "--output", str(output), "--tasks", tasks, "--limit", "3"]
     return cli.main([*command, *flags])
-
-
-def refused(capsys: pytest.CaptureFixture[str]) -> str:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = captured.err.strip().splitlines()
-    assert lines[-1].startswith("cor-vllm: error: ") and "Traceback" not in captured.err, captured.err
-    return lines[-1]
 
 
 @pytest.mark.parametrize(
