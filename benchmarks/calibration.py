@@ -28,12 +28,12 @@ from rich.table import Table
 
 from benchmarks.results import device_name, write_rows
 from cor_vllm.calibrate.config import CalibrationOptions
-from cor_vllm.calibrate.loading import load_model
-from cor_vllm.calibrate.measure import Baseline
-from cor_vllm.calibrate.moe_model import MoeModel
-from cor_vllm.calibrate.plain import PlainAlgorithm, baseline
-from cor_vllm.calibrate.stratify import Strata, stratify
-from cor_vllm.calibrate.sweep import Sweep
+from cor_vllm.calibrate.interventions.measurement import Baseline
+from cor_vllm.calibrate.interventions.plain import PlainAlgorithm, baseline
+from cor_vllm.calibrate.interventions.sweep import Sweep
+from cor_vllm.calibrate.model.loading import load_model
+from cor_vllm.calibrate.model.moe_model import MoeModel
+from cor_vllm.calibrate.text.stratify import Strata, stratify
 
 LAYERS, EXPERTS, TOKENS, PERCENTILE = 4, 16, 500, 90.0  # the shape from which one number at a time changes
 

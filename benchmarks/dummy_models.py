@@ -9,7 +9,7 @@ from transformers import DeepseekV2Config, GptOssConfig, PreTrainedTokenizerFast
 
 from cor_vllm import scores
 from cor_vllm.budget import allocate
-from tests import make_scores
+from cor_vllm.testing import make_scores
 
 GIB = 2**30
 _LENGTH = 40_960

@@ -24,8 +24,9 @@ import torch
 from benchmarks import dummy_models
 from benchmarks.results import RESULTS, device_name, markdown, run_folder, write_rows
 from benchmarks.servers import ROOT, Contestant
-from cor_vllm import cpu, lifetime
-from examples.demo.server import last_error
+from cor_vllm.commands import lifetime
+from cor_vllm.serve import cpu
+from cor_vllm.testing.server import last_error
 
 # row → family, layers, k_l of the MoE layers (Σ is the model's own), changes of the configuration
 ROWS: dict[str, tuple[str, int, list[int], dict[str, Any]]] = {
@@ -51,7 +52,7 @@ def one(row: str, folder: Path, device: str) -> dict[str, Any]:
     """One row, in this process."""
     from vllm import LLM, SamplingParams
 
-    from cor_vllm import router
+    from cor_vllm.serve import router
 
     family, layers, k, changes = ROWS[row]
     model = dummy_models.write(
@@ -85,7 +86,7 @@ def one(row: str, folder: Path, device: str) -> dict[str, Any]:
 def engine_options(device: str) -> dict[str, Any]:
     """On a GPU decode steps run as captured graphs, without the minute that torch.compile takes.
 
-    On a CPU latent attention needs what cor_vllm/cpu.py has; other models take no notice of it.
+    On a CPU latent attention needs what cor_vllm/serve/cpu.py has; other models take no notice of it.
     """
     if device == "cpu":
         operations = {"custom_ops": [f"-{cpu.ROTARY}"]}

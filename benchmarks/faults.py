@@ -24,8 +24,8 @@ import psutil
 
 from benchmarks.results import device_name, markdown, write_rows
 from cor_vllm import scores
-from examples.demo.server import ServerFailed, environment, serve
-from tests.make_scores import make
+from cor_vllm.testing.make_scores import make
+from cor_vllm.testing.server import ServerFailed, environment, serve
 
 MODEL = Path(__file__).parents[1] / "examples" / "demo" / "model"
 EAGER = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "64", "--enforce-eager"]

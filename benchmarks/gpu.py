@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.results import device_name, run_folder, versions
 from benchmarks.servers import ROOT
-from cor_vllm import lifetime
+from cor_vllm.commands import lifetime
 
 # Seconds of each part; serving gets what is left, the last part's share set aside.
 PARTS = {"kernel_check": 90, "kernel": 130, "serving": 0, "families": 100}

@@ -6,7 +6,7 @@
 Each calibration is a process of its own. What is measured is anonymous memory (RssAnon, sampled), beyond what
 the process held before the model came: pages of a mapped checkpoint, which the kernel takes back when
 somebody needs them, do not count. The models are random Qwen3-MoEs; only their sizes matter. On disk:
-the calibrator is told of no free memory, by which it decides what has to wait (calibrate/offload.py).
+the calibrator is told of no free memory, by which it decides what has to wait (calibrate/model/offload.py).
 
 --load measures the peak of loading into host memory for two widths and for checkpoints in bfloat16 and
 float32: as the calibrator loads, one weight at a time, and as transformers loads by itself, with threads that
@@ -34,9 +34,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.calibration import random_sequences
 from benchmarks.results import device_name, write_rows
-from cor_vllm import lifetime
-from cor_vllm.calibrate import limits, loading, offload, pipeline
+from cor_vllm.calibrate import pipeline
 from cor_vllm.calibrate.config import CalibrationOptions
+from cor_vllm.calibrate.model import limits, loading, offload
+from cor_vllm.commands import lifetime
 
 WIDTH, EXPERTS, TOP_K = 256, 32, 4
 POSITIONS, SEQ_LEN = 200, 64

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cor_vllm import lifetime
-from examples.demo.server import ServerFailed, environment, serve
+from cor_vllm.commands import lifetime
+from cor_vllm.testing.server import ServerFailed, environment, serve
 
 if TYPE_CHECKING:
     from benchmarks.serving import Setting

@@ -34,7 +34,7 @@ from benchmarks import dummy_models, servers
 from benchmarks.client import ClientFailed, Figures, Load, measure
 from benchmarks.ratios import Ratio, aim, at_least, paired
 from benchmarks.results import device_name, markdown, run_folder, write_rows
-from examples.demo.server import ServerFailed
+from cor_vllm.testing.server import ServerFailed
 
 DEMO = Path(__file__).parents[1] / "examples/demo/model"
 LAMBDA = 0.01  # changes 5 % of the slots of 128 experts under dummy weights, `--cor-swap-rate 0.05`

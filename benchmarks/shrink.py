@@ -18,15 +18,15 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from benchmarks.results import device_name, write_rows
-from cor_vllm.calibrate import statistics
 from cor_vllm.calibrate.config import CalibrationOptions
-from cor_vllm.calibrate.corpus import draw, load_corpus
-from cor_vllm.calibrate.heldout import Tables, position_losses, rules
-from cor_vllm.calibrate.loading import load_model
-from cor_vllm.calibrate.moe_model import MoeModel
-from cor_vllm.calibrate.plain import baseline
-from cor_vllm.calibrate.stratify import stratify
-from cor_vllm.calibrate.sweep import Sweep
+from cor_vllm.calibrate.interventions.plain import baseline
+from cor_vllm.calibrate.interventions.sweep import Sweep
+from cor_vllm.calibrate.model.loading import load_model
+from cor_vllm.calibrate.model.moe_model import MoeModel
+from cor_vllm.calibrate.result import statistics
+from cor_vllm.calibrate.result.heldout import Tables, position_losses, rules
+from cor_vllm.calibrate.text.corpus import draw, load_corpus
+from cor_vllm.calibrate.text.stratify import stratify
 
 LAMBDA = 0.1
 Sequences = list[list[int]]

@@ -8,8 +8,8 @@ import logging
 
 from benchmarks.dummy_weights import DummyWeights
 from benchmarks.servers import PLAIN_TORCH
-from cor_vllm import router
 from cor_vllm.kernels.dispatch import cor_topk
+from cor_vllm.serve import router
 
 router.cor_topk = functools.partial(cor_topk, backend="torch")
 logging.getLogger("vllm.cor").warning(PLAIN_TORCH)

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from cor_vllm.arguments import given
+from cor_vllm.commands.arguments import given
 from cor_vllm.errors import invalid
 
 
@@ -196,8 +196,8 @@ def run_calibrate(args: argparse.Namespace) -> int:
 
     from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
     from cor_vllm.calibrate.pipeline import calibrate
-    from cor_vllm.calibrate.show import better_flags, warnings
-    from cor_vllm.console import Terminal
+    from cor_vllm.calibrate.result.show import better_flags, warnings
+    from cor_vllm.commands.console import Terminal
 
     values = {name: value for name, value in vars(args).items() if name not in ("handler", "rest")}
     try:

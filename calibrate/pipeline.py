@@ -15,21 +15,21 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from cor_vllm import __version__
 from cor_vllm import scores as scores_file
-from cor_vllm.calibrate.allocation import bounds
-from cor_vllm.calibrate.checks import check_baseline, check_measured
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
-from cor_vllm.calibrate.families import eligible_experts, num_experts
-from cor_vllm.calibrate.inputs import Inputs, read_inputs
-from cor_vllm.calibrate.limits import host_limit, out_of_memory
-from cor_vllm.calibrate.loading import load_model, model_folder, read_config
-from cor_vllm.calibrate.memory import waiting_bytes
-from cor_vllm.calibrate.moe_model import MoeModel
-from cor_vllm.calibrate.offload import Room, offload_folder, waiting_places
-from cor_vllm.calibrate.plain import PlainAlgorithm, baseline
-from cor_vllm.calibrate.result import assemble
-from cor_vllm.calibrate.state import PartialState
-from cor_vllm.calibrate.stratify import flat_mask, stratify
-from cor_vllm.calibrate.sweep import Sweep
+from cor_vllm.calibrate.interventions.checks import check_baseline, check_measured
+from cor_vllm.calibrate.interventions.plain import PlainAlgorithm, baseline
+from cor_vllm.calibrate.interventions.state import PartialState
+from cor_vllm.calibrate.interventions.sweep import Sweep
+from cor_vllm.calibrate.model.families import eligible_experts, num_experts
+from cor_vllm.calibrate.model.limits import host_limit, out_of_memory
+from cor_vllm.calibrate.model.loading import load_model, model_folder, read_config
+from cor_vllm.calibrate.model.memory import waiting_bytes
+from cor_vllm.calibrate.model.moe_model import MoeModel
+from cor_vllm.calibrate.model.offload import Room, offload_folder, waiting_places
+from cor_vllm.calibrate.result.allocation import bounds
+from cor_vllm.calibrate.result.assemble import assemble
+from cor_vllm.calibrate.text.inputs import Inputs, read_inputs
+from cor_vllm.calibrate.text.stratify import flat_mask, stratify
 from cor_vllm.fingerprint import read_routers
 from cor_vllm.metadata import ModelInfo
 from cor_vllm.scores import Scores

@@ -5,9 +5,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cor_vllm import __version__, exits
-from cor_vllm.arguments import given, path
+from cor_vllm import __version__
 from cor_vllm.calibrate.command import add_calibrate, run_calibrate
+from cor_vllm.commands import exits
+from cor_vllm.commands.arguments import given, path
 from cor_vllm.evaluate.command import add_evaluate, add_tune, run_evaluate, run_tune
 
 
@@ -80,8 +81,8 @@ def _add_show(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _show(args: argparse.Namespace) -> int:
-    from cor_vllm.calibrate.show import as_json, print_scores
-    from cor_vllm.console import Terminal
+    from cor_vllm.calibrate.result.show import as_json, print_scores
+    from cor_vllm.commands.console import Terminal
     from cor_vllm.scores import load
 
     scores = load(args.scores)
@@ -114,7 +115,7 @@ def _add_plot(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from cor_vllm.calibrate.plots import plot
+    from cor_vllm.calibrate.result.plots import plot
     from cor_vllm.scores import load
 
     for figure in plot(load(args.scores), args.output, args.layers):
@@ -139,7 +140,7 @@ def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from cor_vllm.verify import main as verify
+    from cor_vllm.verify.command import main as verify
 
     return verify(args.model, args.cor_scores, args.rest, args.json)
 

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cor_vllm import compat, control, cpu, endpoint, fit, flags
-from cor_vllm.config import CorConfig, CorOptions, LayerRouting, disabled, doubts, plan
 from cor_vllm.errors import CorError
-from cor_vllm.observe import COUNTERS
-from cor_vllm.process import config_of, layers_of
+from cor_vllm.live import control, endpoint
 from cor_vllm.scores import Scores, digest, parse, read_bytes
+from cor_vllm.serve import compat, cpu, fit, flags
+from cor_vllm.serve.config import CorConfig, CorOptions, LayerRouting, disabled, doubts, plan
+from cor_vllm.serve.observe import COUNTERS
+from cor_vllm.serve.process import config_of, layers_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -49,7 +50,7 @@ def install() -> None:
         compat.check_version()
     _wrap_engine_args(off)
     if not off:
-        from cor_vllm import worker
+        from cor_vllm.verify import worker
 
         _wrap_factory()
         worker.install()
@@ -169,7 +170,7 @@ def _build_layer(original: Any, bound: inspect.BoundArguments, config: CorConfig
     from vllm.model_executor.layers.fused_moe import layer as module
     from vllm.model_executor.models.utils import extract_layer_index
 
-    from cor_vllm.router import CorRouter
+    from cor_vllm.serve.router import CorRouter
 
     engine = get_current_vllm_config()
     arguments = bound.arguments
@@ -250,7 +251,7 @@ def _groups_refused(arguments: dict[str, Any]) -> str:
 
 
 def _check_layer(name: str, runner: Any) -> None:
-    from cor_vllm.router import CorRouter
+    from cor_vllm.serve.router import CorRouter
 
     if not isinstance(runner.router, CorRouter):
         raise RoutingError(f"{name}: routed by {type(runner.router).__name__}, not by counterfactual routing")
@@ -271,7 +272,7 @@ def finish(model: torch.nn.Module, engine: "VllmConfig", layers: dict[int, Layer
     """Check that every layer of the file is routed by us, and make each router ready to serve."""
     from vllm.model_executor.models.utils import extract_layer_index
 
-    from cor_vllm.probe import moe_layers
+    from cor_vllm.verify.probe import moe_layers
 
     found = set()
     for name, runner in moe_layers(model).items():

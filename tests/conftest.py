@@ -2,7 +2,7 @@
 
 import os
 
-from cor_vllm import lifetime
+from cor_vllm.commands import lifetime
 
 lifetime.guard()  # no engine or server outlives a test run that is killed
 

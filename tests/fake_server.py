@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from cor_vllm.config import CorConfig, plan
+from cor_vllm.live.state import Layer, State, Worker
 from cor_vllm.scores import Scores
-from cor_vllm.state import Layer, State, Worker
+from cor_vllm.serve.config import CorConfig, plan
 
 
 class Fake:

@@ -3,10 +3,10 @@
     python tools/structure.py            # of the tree that this file is in
     python tools/structure.py OTHER      # of another checkout
 
-A room is a folder of modules. An arrow is a pair of rooms of which one imports from the other; imports inside
-functions count, those for type checkers alone do not. An import circle is a set of modules that all reach each
-other by imports. A file is touched by a mode if its code, comments and docstrings apart, spells the name of a
-routing mode as a string. It only reads source text (ast); nothing is imported.
+A room is a folder of modules. An arrow is a pair of rooms of which one imports from the other. An import
+circle is a set of modules that all reach each other by imports; those inside functions and those for type
+checkers alone count, too. A mode touches a file if the file's code, without comments and docstrings, spells
+the name of a routing mode as a string. The program only reads source text (ast) and imports nothing.
 """
 
 import ast
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 ROOMS = ("cor_vllm", "kernels", "calibrate", "benchmarks", "tests", "examples", "tools")
 PRODUCT = ("cor_vllm", "kernels", "calibrate")
-MODES = {"full", "layer", "expert", "random"}  # "off" is a word of many other things, too
+MODES = {"full", "expert", "random"}  # "layer" and "off" are words of many other things, too
 LARGEST_FILE, LARGEST_FUNCTION = 350, 60  # lines, the limits of this project
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -59,14 +59,9 @@ def _parents(path: Path, root: Path) -> Iterator[Path]:
 
 
 def imports(module: Module, known: dict[str, Module]) -> set[str]:
-    """The modules of this project that a module imports, also inside functions."""
-    skipped: set[ast.AST] = set()
+    """The modules of this project that a module imports."""
     names: set[str] = set()
     for node in ast.walk(module.tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            skipped.update(inner for statement in node.body for inner in ast.walk(statement))
-        if node in skipped:
-            continue
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -139,9 +134,9 @@ def report(root: Path) -> str:
     known = modules(root)
     graph = {name: imports(module, known) for name, module in known.items()}
     product = {name: m for name, m in known.items() if name.split(".")[0] in PRODUCT}
-    arrows = {
-        (known[name].room, known[other].room) for name in product for other in graph[name]
-    } - {(room, room) for room in {m.room for m in known.values()}}
+    arrows = {(known[name].room, known[other].room) for name in product for other in graph[name]} - {
+        (room, room) for room in {m.room for m in known.values()}
+    }
     found = [(m, f, public) for m in known.values() for f, public in functions(m)]
     sizes = sorted((_size(f), m.name, f.name) for m, f, _ in found)
     lines = sorted((m.lines, m.name) for m in known.values())

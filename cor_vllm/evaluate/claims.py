@@ -6,11 +6,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from cor_vllm.config import WITHOUT_LAMBDA, CorConfig, plan
 from cor_vllm.errors import invalid
 from cor_vllm.evaluate.benchmarks import EvaluationError
+from cor_vllm.live.state import State
 from cor_vllm.scores import Scores
-from cor_vllm.state import State
+from cor_vllm.serve.config import WITHOUT_LAMBDA, CorConfig, plan
 
 CLOSE = 1e-6  # of two λ, relative: they went through text
 

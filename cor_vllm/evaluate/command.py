@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cor_vllm.arguments import given, path
+from cor_vllm.commands.arguments import given, path
 
 TABLE = "table.md"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -216,7 +216,7 @@ def _run() -> Iterator[None]:
     Raises:
         EvaluationError: a file cannot be read or written.
     """
-    from cor_vllm import lifetime
+    from cor_vllm.commands import lifetime
     from cor_vllm.evaluate.benchmarks import EvaluationError
 
     lifetime.guard()
@@ -283,7 +283,7 @@ def _engine_arguments(flags: list[str], model: str, seed: int, dtype: str) -> di
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
         from cor_vllm import register
-        from cor_vllm.engine_flags import Own, given
+        from cor_vllm.commands.engine_flags import Own, given
 
         own = {
             "model": Own(model, f"what is measured, and named in the table, is {model}"),

@@ -58,7 +58,7 @@ def _versions(backend: Backend) -> dict[str, str]:
     import torch
     import transformers
 
-    from cor_vllm import compat
+    from cor_vllm.serve import compat
 
     found = {"cor-vllm": __version__, "lm_eval": lm_eval.__version__, "torch": torch.__version__}
     if backend == "transformers":

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from cor_vllm.calibrate.offload import held
+from cor_vllm.calibrate.model.offload import held
 
 ROWS = 128  # positions contrasted at one time: 77 MB a tensor at 150,000 words in float32, about six of them
 

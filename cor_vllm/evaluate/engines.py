@@ -11,9 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from cor_vllm import exits, lifetime
 from cor_vllm import scores as scores_file
-from cor_vllm.config import CorConfig, disabled, plan
+from cor_vllm.commands import exits, lifetime
 from cor_vllm.errors import CorError, cause
 from cor_vllm.evaluate.benchmarks import EvaluationError, chosen, load_task
 from cor_vllm.evaluate.claims import Claim, check
@@ -21,7 +20,8 @@ from cor_vllm.evaluate.completion import complete, new_run, ready
 from cor_vllm.evaluate.conditions import Condition, Sources
 from cor_vllm.evaluate.harness import engine_model, quiet
 from cor_vllm.evaluate.options import EvaluateOptions, read_sources, scores_path
-from cor_vllm.state import combine
+from cor_vllm.live.state import combine
+from cor_vllm.serve.config import CorConfig, disabled, plan
 
 
 def check_enabled(conditions: list[Condition]) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from cor_vllm.calibrate.loading import load_tokenizer
-from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.calibrate.model.loading import load_tokenizer
+from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.errors import first_line
 from cor_vllm.evaluate.benchmarks import Benchmark, EvaluationError, task_manager
 from cor_vllm.evaluate.items import chance, read_items
@@ -99,7 +99,7 @@ def engine_model(model: str, options: dict[str, Any] | None, arguments: dict[str
     """
     from lm_eval.models.vllm_causallms import VLLM
 
-    from cor_vllm.cpu import mended_arguments
+    from cor_vllm.serve.cpu import mended_arguments
 
     class Engine(Fitted, VLLM):
         pass

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cor_vllm.calibrate.config import DEFAULT_CORPUS
-from cor_vllm.calibrate.corpus import draw, load_corpus
-from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.calibrate.model.moe_model import MoeModel
+from cor_vllm.calibrate.text.corpus import draw, load_corpus
 from cor_vllm.evaluate.benchmarks import BENCHMARKS, Benchmark, load_task
 from cor_vllm.evaluate.conditions import Condition, Sources
 from cor_vllm.evaluate.dola import candidate_layers, dola

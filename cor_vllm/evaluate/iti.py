@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from cor_vllm.calibrate.offload import execution_device
-from cor_vllm.calibrate.plain import pad, sequence_batches
+from cor_vllm.calibrate.interventions.plain import pad, sequence_batches
+from cor_vllm.calibrate.model.offload import execution_device
 
 FORMAT = "cor-iti/1"
 HEADS, OF = 48, 1024  # the paper's K, and the heads of the model that it was chosen on (LLaMA-7B)

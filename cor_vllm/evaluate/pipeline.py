@@ -5,7 +5,6 @@ from typing import Any
 
 from rich.console import Console
 
-from cor_vllm.config import CorConfig, doubts
 from cor_vllm.evaluate import runs
 from cor_vllm.evaluate.benchmarks import EvaluationError, chosen, load_task
 from cor_vllm.evaluate.completion import Tasks, complete, new_run, ready
@@ -24,6 +23,7 @@ from cor_vllm.evaluate.servers import (
     look,
 )
 from cor_vllm.evaluate.verdict import check_same_prompts
+from cor_vllm.serve.config import CorConfig, doubts
 
 
 def evaluate(
@@ -144,7 +144,7 @@ def _in_transformers(
     wanted: Sequence[Condition],
     console: Console,
 ) -> list[Run]:
-    from cor_vllm.calibrate.loading import load_model, load_tokenizer, model_folder
+    from cor_vllm.calibrate.model.loading import load_model, load_tokenizer, model_folder
     from cor_vllm.evaluate.harness import transformers_model
     from cor_vllm.evaluate.interventions import Interventions
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from cor_vllm.calibrate.moe_model import MoeModel
-from cor_vllm.calibrate.router import Router, Rule
-from cor_vllm.config import CorConfig, LayerRouting, plan
+from cor_vllm.calibrate.model.moe_model import MoeModel
+from cor_vllm.calibrate.model.router import Router, Rule
 from cor_vllm.kernels import reference
 from cor_vllm.scores import Scores
+from cor_vllm.serve.config import CorConfig, LayerRouting, plan
 
 GATE_QUANTILE = 0.5  # the bias counts where the entropy is above this quantile of running text
 

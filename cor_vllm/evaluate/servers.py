@@ -25,8 +25,8 @@ from cor_vllm.evaluate.conditions import (
     Condition,
     modes,
 )
+from cor_vllm.live.state import State
 from cor_vllm.scores import Scores
-from cor_vllm.state import State
 
 NAME = re.compile(r"[\w+@-][\w.+@-]*")  # also the name of a file
 TIMEOUT_SECONDS = 30

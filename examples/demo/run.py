@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
-from cor_vllm import lifetime
 from cor_vllm import scores as scores_file
+from cor_vllm.commands import lifetime
 
 HERE = Path(__file__).parent
 STEPS = 6

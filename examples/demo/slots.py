@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from cor_vllm.calibrate.loading import load_model
-from cor_vllm.calibrate.moe_model import MoeModel
-from cor_vllm.calibrate.router import Router, Rule
-from cor_vllm.config import CorConfig, LayerRouting, plan
+from cor_vllm.calibrate.model.loading import load_model
+from cor_vllm.calibrate.model.moe_model import MoeModel
+from cor_vllm.calibrate.model.router import Router, Rule
 from cor_vllm.scores import Scores
+from cor_vllm.serve.config import CorConfig, LayerRouting, plan
 
 
 def share_changed(model: Path, scores: Scores, texts: list[str]) -> list[float]:

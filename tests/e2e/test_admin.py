@@ -10,10 +10,10 @@ import httpx
 import pytest
 
 from cor_vllm import scores
-from examples.demo.server import serve
+from cor_vllm.testing.make_scores import make
+from cor_vllm.testing.server import serve
 from tests import cores
 from tests.e2e.test_vllm_commands import ENGINE, of_processes
-from tests.make_scores import make
 from tests.parity.engine import PROMPTS
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import servers, serving
-from tests import tiny_models
+from cor_vllm.testing import tiny_models
 
 
 @pytest.mark.slow

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from cor_vllm import lifetime, scores
-from cor_vllm.calibrate.loading import load_model, model_folder
+from cor_vllm import scores
+from cor_vllm.calibrate.model.loading import load_model, model_folder
 from cor_vllm.cli import main
+from cor_vllm.commands import lifetime
 from cor_vllm.evaluate import runs
 from cor_vllm.evaluate.benchmarks import chosen, load_task
 from cor_vllm.evaluate.conditions import Condition, Sources
@@ -20,9 +21,9 @@ from cor_vllm.evaluate.harness import measure, transformers_model
 from cor_vllm.evaluate.interventions import Interventions
 from cor_vllm.evaluate.iti import fit, iti
 from cor_vllm.evaluate.runs import Run
-from examples.demo.server import serve
+from cor_vllm.testing.make_scores import make
+from cor_vllm.testing.server import serve
 from tests.e2e.test_vllm_commands import of_processes
-from tests.make_scores import make
 
 pytestmark = pytest.mark.slow
 DEMO = Path("examples/demo")

@@ -10,9 +10,10 @@ import torch
 from openai import OpenAI
 
 from cor_vllm import scores
-from examples.demo.server import environment, serve
-from tests import cores, tiny_models
-from tests.make_scores import make
+from cor_vllm.testing import tiny_models
+from cor_vllm.testing.make_scores import make
+from cor_vllm.testing.server import environment, serve
+from tests import cores
 from tests.parity.engine import PROMPTS, Completion, reference_completions
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny_models
+from cor_vllm.testing import tiny_models
 
 
 @pytest.fixture(scope="session")

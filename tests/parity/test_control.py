@@ -10,9 +10,9 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
 from cor_vllm import scores
-from cor_vllm.config import ConfigError
-from cor_vllm.observe import COUNTERS
-from tests.make_scores import make
+from cor_vllm.serve.config import ConfigError
+from cor_vllm.serve.observe import COUNTERS
+from cor_vllm.testing.make_scores import make
 from tests.parity.engine import ENGINE, PROMPTS
 
 pytestmark = pytest.mark.slow

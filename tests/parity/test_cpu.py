@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from cor_vllm import cpu, verify
 from cor_vllm.evaluate.harness import engine_model
-from cor_vllm.fit import MisfitError
-from tests import tiny_models
-from tests.make_scores import make
+from cor_vllm.serve import cpu
+from cor_vllm.serve.fit import MisfitError
+from cor_vllm.testing import tiny_models
+from cor_vllm.testing.make_scores import make
+from cor_vllm.verify import command as verify
 from tests.parity.engine import answer, start
 from tests.parity.test_parity import varied, written
 from tests.parity.test_refusals import caplog_vllm, configured

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.make_scores import make
+from cor_vllm.testing.make_scores import make
 from tests.parity.engine import Completion, answer, generate, start
 from tests.parity.test_parity import assert_same, varied, written
 from tests.parity.test_refusals import layer_arguments

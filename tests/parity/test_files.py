@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from cor_vllm import fit, scores
+from cor_vllm import scores
 from cor_vllm.fingerprint import FingerprintError
-from cor_vllm.fit import MisfitError
-from tests import tiny_models
-from tests.make_scores import make
+from cor_vllm.serve import fit
+from cor_vllm.serve.fit import MisfitError
+from cor_vllm.testing import tiny_models
+from cor_vllm.testing.make_scores import make
 from tests.model_copies import (
     Weights,
     cast,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cor_vllm import compat
+from cor_vllm.serve import compat
 from tests.parity.child import NEXT_VERSION, environment, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # a dozen tests of their own in one of these

@@ -9,8 +9,9 @@ import torch
 
 from cor_vllm import plugin, scores
 from cor_vllm.plugin import RoutingError
-from tests import cores, tiny_models
-from tests.make_scores import make
+from cor_vllm.testing import tiny_models
+from cor_vllm.testing.make_scores import make
+from tests import cores
 from tests.parity.engine import ENGINE, PROMPTS, Completion, completion, generate
 from tests.parity.test_parity import assert_same
 from tests.parity.test_refusals import configured
@@ -62,7 +63,7 @@ def stage(*layers: int) -> torch.nn.Module:
     """The MoE layers of a pipeline stage, as far as the check after the load looks at them."""
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-    from cor_vllm.router import CorRouter
+    from cor_vllm.serve.router import CorRouter
 
     model = torch.nn.ModuleDict()
     for layer in layers:

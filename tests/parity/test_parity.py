@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from cor_vllm import scores
-from cor_vllm.config import CorConfig, plan
-from cor_vllm.router import random_scores
 from cor_vllm.scores import Scores
-from tests.make_scores import make
+from cor_vllm.serve.config import CorConfig, plan
+from cor_vllm.serve.router import random_scores
+from cor_vllm.testing.make_scores import make
+from cor_vllm.testing.tiny_models import FAMILIES
 from tests.parity.engine import (
     PROMPTS,
     Completion,
@@ -18,7 +19,6 @@ from tests.parity.engine import (
     generate_without_plugin,
     reference_completions,
 )
-from tests.tiny_models import FAMILIES
 
 pytestmark = pytest.mark.slow
 SHORT = 12  # tokens, where a difference shows at once

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from vllm import envs
 
-from tests.make_scores import make
+from cor_vllm.testing.make_scores import make
 from tests.parity.engine import start
 from tests.parity.test_parity import varied, written
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cor_vllm import probe, scores, verify
+from cor_vllm import scores
 from cor_vllm.cli import main
 from cor_vllm.plugin import RoutingError
-from cor_vllm.router import CorRouter
-from tests.make_scores import config_of, make
+from cor_vllm.serve.router import CorRouter
+from cor_vllm.testing.make_scores import config_of, make
+from cor_vllm.verify import command as verify
+from cor_vllm.verify import probe
 from tests.parity.engine import generate, start
 from tests.parity.test_parity import varied, written
 
@@ -263,7 +265,7 @@ register()
 from vllm import LLM
 os.environ.update({environment})
 if __name__ == "__main__":
-    from cor_vllm import verify
+    from cor_vllm.verify import command as verify
     llm = LLM(model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128,
         kv_cache_memory_bytes=2**26, additional_config={{"cor": {{"scores": sys.argv[2]}}}})
     print(len(verify.inspect(llm)["problems"]), "problems")

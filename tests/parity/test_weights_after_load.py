@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cor_vllm.plugin import RoutingError
-from tests import tiny_models
-from tests.make_scores import make
+from cor_vllm.testing import tiny_models
+from cor_vllm.testing.make_scores import make
 from tests.parity.engine import Completion, answer, generate, start
 from tests.parity.test_parity import assert_same, varied, written
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cor_vllm.scores import Scores
-from tests.make_scores import make
-from tests.tiny_models import build
+from cor_vllm.testing.make_scores import make
+from cor_vllm.testing.tiny_models import build
 
 
 @pytest.fixture(autouse=True, scope="package")

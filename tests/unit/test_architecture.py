@@ -10,19 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-VLLM_SIDE = {
-    "plugin.py",
-    "router.py",
-    "fit.py",
-    "loaded.py",
-    "cpu.py",
-    "worker.py",
-    "probe.py",
-    "verify.py",
-    "control.py",
-    "endpoint.py",
-    "metrics.py",
-}  # the rooms that may name vllm
+VLLM_SIDE = ("cor_vllm.plugin", "cor_vllm.serve", "cor_vllm.live", "cor_vllm.verify")  # may name vllm
+NEVER_VLLM = {"config.py", "flags.py", "process.py", "observe.py", "state.py", "judge.py"}  # of these
 
 
 def imported(file: Path) -> set[str]:
@@ -52,33 +41,62 @@ def test_kernels_need_torch_and_triton_alone(file):
     assert all(n.startswith("cor_vllm.kernels") for n in imported(file) if n.startswith("cor_vllm"))
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "calibrate").glob("*.py")), ids=lambda f: f.name)
+def files(*rooms: str) -> list[Path]:
+    """All modules below these folders; cor_vllm's links are left to the folders that they lead to."""
+    found = [file for room in rooms for file in sorted((ROOT / room).rglob("*.py"))]
+    return [
+        file
+        for file in found
+        if "cor_vllm/kernels" not in str(file) and "cor_vllm/calibrate" not in str(file)
+    ]
+
+
+def name(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("file", files("calibrate"), ids=name)
 def test_the_calibrator_never_imports_vllm(file):
     assert not {"vllm", "lm_eval"} & roots(file)
-    assert not {f"cor_vllm.{name.removesuffix('.py')}" for name in VLLM_SIDE} & imported(file)
+    assert not any(n.startswith(VLLM_SIDE) for n in imported(file))
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "cor_vllm").glob("*.py")), ids=lambda f: f.name)
-def test_only_the_plugin_imports_vllm(file):
-    if file.name not in VLLM_SIDE:
+@pytest.mark.parametrize("file", files("cor_vllm"), ids=name)
+def test_only_the_wings_of_the_server_import_vllm(file):
+    """Only serve, live and verify name vLLM, and only evaluate, like the calibrator, transformers."""
+    room = file.relative_to(ROOT / "cor_vllm").parts[0]
+    if room not in ("plugin.py", "serve", "live", "verify", "evaluate", "testing") or file.name in NEVER_VLLM:
         assert "vllm" not in roots(file)
-    if file.name not in {"cli.py"}:
+    if room not in ("cli.py", "evaluate", "testing"):
         assert not any(n.startswith(("cor_vllm.calibrate", "cor_vllm.evaluate")) for n in imported(file))
-    assert "transformers" not in roots(file)
+    if room not in ("evaluate", "testing"):
+        assert "transformers" not in roots(file)
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "cor_vllm" / "evaluate").glob("*.py")), ids=lambda f: f.name)
+@pytest.mark.parametrize("file", files("cor_vllm/evaluate"), ids=name)
 def test_the_evaluation_leaves_vllm_to_the_harness(file):
     """It starts engines as users do; only the command asks vLLM's own parser about its flags, and only the
     harness what an engine needs on this machine."""
     assert file.name == "command.py" or "vllm" not in roots(file)
-    allowed = {"cpu.py"} if file.name == "harness.py" else set()
-    assert not {f"cor_vllm.{name.removesuffix('.py')}" for name in VLLM_SIDE - allowed} & imported(file)
+    allowed = {"cor_vllm.serve.config", "cor_vllm.serve.compat", "cor_vllm.live.state"}
+    allowed |= {"cor_vllm.serve.cpu"} if file.name == "harness.py" else set()
+    assert {n for n in modules(file) if n.startswith(VLLM_SIDE)} <= allowed
+
+
+def modules(file: Path) -> set[str]:
+    """What a file imports, `from package import module` as the module."""
+    known = {name(f).removesuffix(".py").replace("/", ".") for f in files("cor_vllm")}
+    found = imported(file)
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & known
+            found = (found - {node.module}) | inner if inner else found
+    return found
 
 
 def test_importing_the_package_needs_neither_vllm_nor_transformers():
     code = (
-        "import sys, cor_vllm, cor_vllm.scores, cor_vllm.budget, cor_vllm.config, cor_vllm.cli\n"
+        "import sys, cor_vllm, cor_vllm.scores, cor_vllm.budget, cor_vllm.serve.config, cor_vllm.cli\n"
         "import cor_vllm.kernels.dispatch\n"
         "heavy = {'vllm', 'transformers', 'triton', 'matplotlib', 'lm_eval', 'scipy'}\n"
         "heavy &= {m.split('.')[0] for m in sys.modules}\n"
@@ -107,6 +125,6 @@ def test_the_wheel_holds_the_linked_folders(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "cor_vllm/kernels/cor_topk.py" in names
-    assert "cor_vllm/calibrate/plain.py" in names
+    assert "cor_vllm/calibrate/interventions/plain.py" in names
     assert "cor_vllm/calibrate/data/default_corpus.txt" in names
     assert all(name.startswith(("cor_vllm/", "cor_vllm-")) for name in names)

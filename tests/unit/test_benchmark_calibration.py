@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import calibration, results
-from cor_vllm.calibrate.sweep import CHECKED
-from tests import tiny_models
+from cor_vllm.calibrate.interventions.sweep import CHECKED
+from cor_vllm.testing import tiny_models
 
 
 def test_a_checkpoint(
@@ -35,7 +35,7 @@ def test_a_checkpoint(
 
 def test_layer_rows_are_counted_where_they_happen() -> None:
     """Three layers, 2 sequences of 16: baseline forwards alone pass 3 · 32 rows."""
-    from cor_vllm.calibrate.moe_model import MoeModel
+    from cor_vllm.calibrate.model.moe_model import MoeModel
 
     model = MoeModel(tiny_models.create("olmoe"))
     with calibration.counted_rows(model) as rows:

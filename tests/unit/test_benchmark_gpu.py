@@ -286,7 +286,7 @@ def test_worker_extensions() -> None:
     """In a process of its own, since importing them changes vLLM and the router for good."""
     code = """
 import torch
-from cor_vllm import router
+from cor_vllm.serve import router
 from benchmarks import torch_router, dummy_weights
 assert router.cor_topk.keywords == {"backend": "torch"}
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import results, shrink
-from tests import tiny_models
+from cor_vllm.testing import tiny_models
 
 
 def test_a_checkpoint(

@@ -10,13 +10,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from cor_vllm.calibrate.checks import check_baseline, check_measured, ignores_the_token, named
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
-from cor_vllm.calibrate.measure import LayerMeasurement
-from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.calibrate.interventions.checks import check_baseline, check_measured, ignores_the_token, named
+from cor_vllm.calibrate.interventions.measurement import LayerMeasurement
+from cor_vllm.calibrate.interventions.plain import baseline
+from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.pipeline import calibrate
-from cor_vllm.calibrate.plain import baseline
-from tests import tiny_models
+from cor_vllm.testing import tiny_models
 
 SEQUENCES = [[5, 6, 7, 8, 5, 9], [300, 5, 31]]
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
-from cor_vllm.calibrate.corpus import Corpus, draw, load_corpus, read_positions, read_token_ids
-from cor_vllm.calibrate.inputs import read_inputs
-from tests import tiny_models
+from cor_vllm.calibrate.text.corpus import Corpus, draw, load_corpus, read_positions, read_token_ids
+from cor_vllm.calibrate.text.inputs import read_inputs
+from cor_vllm.testing import tiny_models
 
 
 def numbers(documents: list[int]) -> Corpus:

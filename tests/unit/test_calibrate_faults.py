@@ -17,14 +17,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from cor_vllm.calibrate import limits, pipeline, state
+from cor_vllm.calibrate import pipeline
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
-from cor_vllm.calibrate.loading import read_config
-from cor_vllm.calibrate.memory import bytes_per_row
+from cor_vllm.calibrate.interventions import state
+from cor_vllm.calibrate.interventions.plain import PlainAlgorithm
+from cor_vllm.calibrate.interventions.sweep import Sweep
+from cor_vllm.calibrate.model import limits
+from cor_vllm.calibrate.model.loading import read_config
+from cor_vllm.calibrate.model.memory import bytes_per_row
 from cor_vllm.calibrate.pipeline import calibrate
-from cor_vllm.calibrate.plain import PlainAlgorithm
-from cor_vllm.calibrate.sweep import Sweep
-from tests import tiny_models
+from cor_vllm.testing import tiny_models
 
 SMALL: dict[str, Any] = {"num_tokens": 60, "seq_len": 24, "heldout_tokens": 40}
 QUIET = Console(quiet=True)
@@ -199,7 +201,7 @@ def test_more_host_memory_than_there_is(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     none = limits.Limit(0, 0, "on a made-up machine")
-    monkeypatch.setattr("cor_vllm.calibrate.memory.limits", SimpleNamespace(pages_limit=lambda: none))
+    monkeypatch.setattr("cor_vllm.calibrate.model.memory.limits", SimpleNamespace(pages_limit=lambda: none))
     expected = (
         r"hidden states take \d+ MB of host memory, 0 MB are free on a made-up machine; lower --num-tokens"
     )

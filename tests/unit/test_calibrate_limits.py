@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cor_vllm.calibrate import limits
-from cor_vllm.calibrate.limits import Limit, host_limit, pages_limit
+from cor_vllm.calibrate.model import limits
+from cor_vllm.calibrate.model.limits import Limit, host_limit, pages_limit
 
 GB = 10**9
 NONE_V1 = 9223372036854771712  # what v1 has for "no limit"

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cor_vllm.calibrate.config import CalibrationError
-from cor_vllm.calibrate.families import check_family
-from cor_vllm.calibrate.heldout import Tables, rules
-from cor_vllm.calibrate.loading import load_model, model_folder, read_config
-from cor_vllm.calibrate.moe_model import MoeModel
-from cor_vllm.calibrate.plain import TOKENS_PER_FORWARD, Row, baseline, batches, pad
-from tests import tiny_models
+from cor_vllm.calibrate.interventions.plain import TOKENS_PER_FORWARD, Row, baseline, batches, pad
+from cor_vllm.calibrate.model.families import check_family
+from cor_vllm.calibrate.model.loading import load_model, model_folder, read_config
+from cor_vllm.calibrate.model.moe_model import MoeModel
+from cor_vllm.calibrate.result.heldout import Tables, rules
+from cor_vllm.testing import tiny_models
 from tests.model_copies import shard
 
 
@@ -50,7 +50,7 @@ def test_losses_do_not_see_padding(family: str) -> None:
 def test_losses_in_chunks_are_the_same(olmoe: MoeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = tokens(2, 30)
     whole = olmoe.losses(ids)
-    monkeypatch.setattr("cor_vllm.calibrate.moe_model.LOSS_ROWS", 7)
+    monkeypatch.setattr("cor_vllm.calibrate.model.moe_model.LOSS_ROWS", 7)
     torch.testing.assert_close(olmoe.losses(ids), whole)
 
 

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cor_vllm.calibrate import statistics
-from cor_vllm.calibrate.allocation import bounds, budget, move_units
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
-from cor_vllm.calibrate.statistics import ExpertImpact
-from cor_vllm.calibrate.stratify import flat_mask, locate, stratify
+from cor_vllm.calibrate.result import statistics
+from cor_vllm.calibrate.result.allocation import bounds, budget, move_units
+from cor_vllm.calibrate.result.statistics import ExpertImpact
+from cor_vllm.calibrate.text.stratify import flat_mask, locate, stratify
 
 NATS = st.floats(-20, 20, allow_subnormal=False)
 

@@ -14,20 +14,20 @@ from accelerate import cpu_offload
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from rich.console import Console
 
-from cor_vllm.calibrate import limits, loading, offload
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
-from cor_vllm.calibrate.forward import batch_losses
-from cor_vllm.calibrate.limits import Limit
-from cor_vllm.calibrate.loading import load_model
-from cor_vllm.calibrate.measure import LayerMeasurement
-from cor_vllm.calibrate.memory import bytes_per_row
-from cor_vllm.calibrate.moe_model import MoeModel
-from cor_vllm.calibrate.offload import MAPPED, Room, Weights, held, offload_folder, weights_of
+from cor_vllm.calibrate.interventions.measurement import LayerMeasurement
+from cor_vllm.calibrate.interventions.plain import baseline
+from cor_vllm.calibrate.interventions.sweep import Sweep
+from cor_vllm.calibrate.model import limits, loading, offload
+from cor_vllm.calibrate.model.forward import batch_losses
+from cor_vllm.calibrate.model.limits import Limit
+from cor_vllm.calibrate.model.loading import load_model
+from cor_vllm.calibrate.model.memory import bytes_per_row
+from cor_vllm.calibrate.model.moe_model import MoeModel
+from cor_vllm.calibrate.model.offload import MAPPED, Room, Weights, held, offload_folder, weights_of
 from cor_vllm.calibrate.pipeline import calibrate
-from cor_vllm.calibrate.plain import baseline
-from cor_vllm.calibrate.stratify import stratify
-from cor_vllm.calibrate.sweep import Sweep
-from tests import tiny_models
+from cor_vllm.calibrate.text.stratify import stratify
+from cor_vllm.testing import tiny_models
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
 
@@ -100,7 +100,9 @@ def test_the_same_bits_and_each_weight_once_a_pass(
     kind: str, checkpoint: Path, tmp_path: Path, brought: Counter[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("cor_vllm.calibrate.plain.TOKENS_PER_FORWARD", 400)  # several baseline batches
+    monkeypatch.setattr(
+        "cor_vllm.calibrate.interventions.plain.TOKENS_PER_FORWARD", 400
+    )  # several baseline batches
     losses, measured = run(load_model(checkpoint, "auto", "cpu"))
     model = offloaded(kind, checkpoint, tmp_path / "waiting")
     assert model.offloaded and all(p.is_meta for p in model.model.parameters())

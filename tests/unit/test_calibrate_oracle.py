@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from cor_vllm.calibrate.config import CalibrationOptions
-from cor_vllm.calibrate.moe_model import MoeModel
-from cor_vllm.calibrate.plain import PlainAlgorithm, baseline
-from cor_vllm.calibrate.stratify import Strata, stratify
-from tests import tiny_models
+from cor_vllm.calibrate.interventions.plain import PlainAlgorithm, baseline
+from cor_vllm.calibrate.model.moe_model import MoeModel
+from cor_vllm.calibrate.text.stratify import Strata, stratify
+from cor_vllm.testing import tiny_models
 
 TOLERANCE = 1e-5  # nats, float32
 # Which families divide the weights by their sum, and by what they multiply them: written down a second time.

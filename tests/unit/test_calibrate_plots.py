@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cor_vllm.calibrate.config import CalibrationError
-from cor_vllm.calibrate.plots import budget_figure, cei_figure, coverage_figure, plot
-from cor_vllm.calibrate.show import dormant
-from tests import make_scores, tiny_models
+from cor_vllm.calibrate.result.plots import budget_figure, cei_figure, coverage_figure, plot
+from cor_vllm.calibrate.result.show import dormant
+from cor_vllm.testing import make_scores, tiny_models
 
 
 @pytest.fixture(scope="module")

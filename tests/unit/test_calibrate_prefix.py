@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from cor_vllm.calibrate import plain
-from cor_vllm.calibrate.plain import PlainAlgorithm
-from tests import tiny_models
+from cor_vllm.calibrate.interventions import plain
+from cor_vllm.calibrate.interventions.plain import PlainAlgorithm
+from cor_vllm.testing import tiny_models
 from tests.unit.test_calibrate_sweep import Case, options
 
 

@@ -22,14 +22,14 @@ import torch
 from safetensors.torch import save_file
 
 from cor_vllm.calibrate.config import CalibrationError
-from cor_vllm.calibrate.corpus import (
+from cor_vllm.calibrate.text.corpus import (
     CORPUS_WANTED,
     load_corpus,
     read_answers,
     read_positions,
     read_token_ids,
 )
-from cor_vllm.calibrate.reading import read, shown
+from cor_vllm.calibrate.text.reading import read, shown
 
 DOCUMENTS = ["Das Wort.", "Wer\n\nfragt?", "[1] \u2028é\ud55c"]
 LINES = "\n".join(json.dumps({"id": i, "text": d}, ensure_ascii=False) for i, d in enumerate(DOCUMENTS))

@@ -11,20 +11,20 @@ from rich.console import Console
 
 from cor_vllm import scores as scores_file
 from cor_vllm.budget import allocate, allocate_paper
-from cor_vllm.calibrate import result as result_module
-from cor_vllm.calibrate import state
-from cor_vllm.calibrate.allocation import move_units
 from cor_vllm.calibrate.config import CalibrationOptions
-from cor_vllm.calibrate.heldout import Tables, check
-from cor_vllm.calibrate.inputs import read_inputs
-from cor_vllm.calibrate.loading import load_model
+from cor_vllm.calibrate.interventions import state
+from cor_vllm.calibrate.interventions.plain import baseline
+from cor_vllm.calibrate.interventions.sweep import Sweep
+from cor_vllm.calibrate.model.loading import load_model
 from cor_vllm.calibrate.pipeline import calibrate
-from cor_vllm.calibrate.plain import baseline
-from cor_vllm.calibrate.stratify import stratify
-from cor_vllm.calibrate.sweep import Sweep
+from cor_vllm.calibrate.result import assemble as result_module
+from cor_vllm.calibrate.result.allocation import move_units
+from cor_vllm.calibrate.result.heldout import Tables, check
+from cor_vllm.calibrate.text.inputs import read_inputs
+from cor_vllm.calibrate.text.stratify import stratify
 from cor_vllm.fingerprint import read_routers
 from cor_vllm.scores import SWAP_RATE_LAMBDAS
-from tests import tiny_models
+from cor_vllm.testing import tiny_models
 
 SMALL: dict[str, Any] = {"num_tokens": 60, "seq_len": 24, "heldout_tokens": 40}
 QUIET = Console(quiet=True)

@@ -9,15 +9,15 @@ from rich.console import Console
 
 from cor_vllm import scores as scores_file
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
-from cor_vllm.calibrate.heldout import Tables, rules
-from cor_vllm.calibrate.inputs import read_inputs
-from cor_vllm.calibrate.loading import load_model
-from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.calibrate.interventions.plain import baseline
+from cor_vllm.calibrate.model.loading import load_model
+from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.pipeline import calibrate
-from cor_vllm.calibrate.plain import baseline
-from cor_vllm.calibrate.stratify import stratify
+from cor_vllm.calibrate.result.heldout import Tables, rules
+from cor_vllm.calibrate.text.inputs import read_inputs
+from cor_vllm.calibrate.text.stratify import stratify
 from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
-from tests import tiny_models
+from cor_vllm.testing import tiny_models
 
 QUIET = Console(quiet=True)
 TOP_K, ELIGIBLE, SCALE = 3, 8, 2.5  # 2 of 4 groups of 4 experts

@@ -9,16 +9,16 @@ import torch
 from pydantic import ValidationError
 
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
-from cor_vllm.calibrate.inputs import read_inputs
-from cor_vllm.calibrate.layers import chunks
-from cor_vllm.calibrate.loading import load_model
-from cor_vllm.calibrate.measure import LayerMeasurement
-from cor_vllm.calibrate.memory import bytes_per_row
-from cor_vllm.calibrate.moe_model import MoeModel
-from cor_vllm.calibrate.plain import PlainAlgorithm, baseline
-from cor_vllm.calibrate.stratify import Strata, stratify
-from cor_vllm.calibrate.sweep import Sweep
-from tests import tiny_models
+from cor_vllm.calibrate.interventions.measurement import LayerMeasurement
+from cor_vllm.calibrate.interventions.plain import PlainAlgorithm, baseline
+from cor_vllm.calibrate.interventions.sweep import Sweep
+from cor_vllm.calibrate.model.layers import chunks
+from cor_vllm.calibrate.model.loading import load_model
+from cor_vllm.calibrate.model.memory import bytes_per_row
+from cor_vllm.calibrate.model.moe_model import MoeModel
+from cor_vllm.calibrate.text.inputs import read_inputs
+from cor_vllm.calibrate.text.stratify import Strata, stratify
+from cor_vllm.testing import tiny_models
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
 
@@ -255,7 +255,7 @@ def test_attention_without_a_mask_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_window_that_the_mask_does_not_show_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("mixtral", sliding_window=4)
     monkeypatch.setattr(
-        "cor_vllm.calibrate.attention.visible_before",
+        "cor_vllm.calibrate.interventions.attention.visible_before",
         lambda mask, length: torch.ones(length, length, dtype=torch.bool).tril(-1),
     )
     with pytest.raises(CalibrationError, match="mixtral: decoder layer 0 computes a single position"):

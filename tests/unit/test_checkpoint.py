@@ -9,7 +9,7 @@ import torch
 
 from cor_vllm.checkpoint import FingerprintError, weight_names
 from cor_vllm.fingerprint import read_routers
-from tests import tiny_models
+from cor_vllm.testing import tiny_models
 from tests.model_copies import Weights, copy, index, other_routers, routers, save, shard, weights_of
 
 

@@ -13,7 +13,7 @@ import torch
 from cor_vllm import __version__, cli
 from cor_vllm import scores as scores_file
 from cor_vllm.calibrate.config import CalibrationOptions, parse_bytes
-from tests import tiny_models
+from cor_vllm.testing import tiny_models
 
 SMALL = ["--num-tokens", "60", "--seq-len", "24", "--heldout-tokens", "40"]
 
@@ -125,7 +125,7 @@ def change(result: Path, tmp_path: Path, **calibration: object) -> scores_file.S
 
 
 def test_warnings(result: Path, tmp_path: Path) -> None:
-    from cor_vllm.calibrate.show import warnings
+    from cor_vllm.calibrate.result.show import warnings
 
     scores = scores_file.load(result)
     quiet: dict[str, object] = {"sensitivity_easy_sem": [0.0] * 3, "cei_split_half": 0.9}
@@ -146,7 +146,7 @@ def test_warnings(result: Path, tmp_path: Path) -> None:
 
 def test_how_many_positions_would_do(result: Path, tmp_path: Path) -> None:
     """The example of the efficacy study: halves of 51 at 0.17 need about 1,000."""
-    from cor_vllm.calibrate.show import reliability
+    from cor_vllm.calibrate.result.show import reliability
 
     counts: dict[str, object] = {"num_hard": 102, "num_positions": 1024}
     text = reliability(change(result, tmp_path, cei_split_half=0.17, **counts))
@@ -164,7 +164,7 @@ def test_how_many_positions_would_do(result: Path, tmp_path: Path) -> None:
 def test_only_settings_beyond_noise_are_called_better(result: Path) -> None:
     import dataclasses
 
-    from cor_vllm.calibrate.show import better_flags
+    from cor_vllm.calibrate.result.show import better_flags
 
     scores = scores_file.load(result)
     assert scores.config.heldout
@@ -241,7 +241,9 @@ def test_late_failures_are_one_line(
 def test_calibrate_names_the_settings_that_did_better(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cor_vllm.calibrate.show.SIGNIFICANT", -100)  # random weights: let noise pass for it
+    monkeypatch.setattr(
+        "cor_vllm.calibrate.result.show.SIGNIFICANT", -100
+    )  # random weights: let noise pass for it
     output = tmp_path / "scores"
     sizes = ["--num-tokens", "60", "--heldout-tokens", "200", "--seq-len", "32"]
     assert cli.main(["calibrate", str(checkpoint), "--output", str(output), *sizes]) == 0
@@ -255,7 +257,7 @@ def test_calibrate_names_the_settings_that_did_better(
 def test_a_gpu_out_of_memory_on_the_way(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cor_vllm.calibrate.sweep import Sweep
+    from cor_vllm.calibrate.interventions.sweep import Sweep
 
     step = Sweep.step
 
@@ -318,7 +320,7 @@ def test_too_few_hard_tokens(
 
 def test_a_missing_extra_is_named(result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.delitem(sys.modules, "cor_vllm.calibrate.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "cor_vllm.calibrate.result.plots", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["plot", str(result), "--output", str(tmp_path)]) == 1
     assert "needs the package matplotlib: pip install 'cor-vllm[calibrate]'" in one_error(capsys)

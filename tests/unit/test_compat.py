@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cor_vllm import compat
+from cor_vllm.serve import compat
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cor_vllm import scores as scores_file
-from cor_vllm.config import ConfigError, CorConfig, doubts
 from cor_vllm.scores import Scores, ScoresError
+from cor_vllm.serve.config import ConfigError, CorConfig, doubts
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from cor_vllm import fit, scores
+from cor_vllm import scores
 from cor_vllm.copies import ROUNDING, Difference, compare, sketch
 from cor_vllm.fingerprint import read_routers
-from tests import tiny_models
-from tests.make_scores import make
+from cor_vllm.serve import fit
+from cor_vllm.testing import tiny_models
+from cor_vllm.testing.make_scores import make
 from tests.model_copies import Weights, cast, copy, folded, other_routers, routers, shard
 
 ROOT = Path(__file__).parents[2]

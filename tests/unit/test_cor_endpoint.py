@@ -16,9 +16,9 @@ from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
-from cor_vllm.endpoint import CorEndpoint, Engines, build_router
-from cor_vllm.metrics import Activations, Metrics
-from cor_vllm.state import combine
+from cor_vllm.live.endpoint import CorEndpoint, Engines, build_router
+from cor_vllm.live.metrics import Activations, Metrics
+from cor_vllm.live.state import combine
 
 JSON = {"content-type": "application/json"}
 
@@ -266,8 +266,8 @@ MULTIPROCESS = """
 import sys
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
-from cor_vllm.metrics import Metrics
-from cor_vllm.state import combine
+from cor_vllm.live.metrics import Metrics
+from cor_vllm.live.state import combine
 from tests.unit.test_cor_endpoint import Cardboard
 
 for sha256, layers in zip(sys.argv[1::2], sys.argv[2::2]):

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from cor_vllm.calibrate.heldout import Tables, rules
-from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.calibrate.model.moe_model import MoeModel
+from cor_vllm.calibrate.result.heldout import Tables, rules
 from cor_vllm.evaluate.dola import _divergence, candidate_layers, dola
-from tests import tiny_models
+from cor_vllm.testing import tiny_models
 
 PLAIN = {"relative_top": 0.0, "post_softmax": False}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cor_vllm import cli, register
-from cor_vllm.engine_flags import FlagError, Own, given
+from cor_vllm.commands.engine_flags import FlagError, Own, given
 
 OWN = {"model": Own("m", "the model is m"), "cor_": Own((), "rows set it"), "seed": Own(0, "give --seed")}
 

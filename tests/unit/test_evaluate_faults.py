@@ -18,9 +18,9 @@ from cor_vllm.evaluate.benchmarks import EvaluationError
 from cor_vllm.evaluate.claims import Claim
 from cor_vllm.evaluate.conditions import Condition
 from cor_vllm.evaluate.options import EvaluateOptions, available, read_sources
+from cor_vllm.testing.make_scores import make
 from tests import fake_server
 from tests.fake_server import Fake
-from tests.make_scores import make
 
 MODEL = Path("examples/demo/model")
 TASK = "examples/demo/tasks/demo_tail.yaml"

@@ -8,15 +8,15 @@ import pytest
 from lm_eval.api.instance import Instance
 from tokenizers.processors import TemplateProcessing
 
-from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.evaluate.benchmarks import EvaluationError
 from cor_vllm.evaluate.harness import server_model, transformers_model
 from cor_vllm.evaluate.prompts import Fitted, is_cut, new_tokens, resolve_limit
 from cor_vllm.evaluate.runs import Column, Run
 from cor_vllm.evaluate.verdict import check_same_prompts
+from cor_vllm.testing.tiny_models import byte_tokenizer, create
 from tests import fake_server
 from tests.fake_server import Fake
-from tests.tiny_models import byte_tokenizer, create
 
 LIMIT = 40
 LONG = "a text that is longer than all that fits. " * 3

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.evaluate.benchmarks import BENCHMARKS, EvaluationError
 from cor_vllm.evaluate.conditions import Condition, Sources
 from cor_vllm.evaluate.dola import dola
@@ -14,7 +14,7 @@ from cor_vllm.evaluate.harness import canary, transformers_model
 from cor_vllm.evaluate.interventions import Interventions
 from cor_vllm.evaluate.routing import entropy, gated_by_output, gates, routed
 from cor_vllm.scores import Scores
-from tests.tiny_models import byte_tokenizer, create
+from cor_vllm.testing.tiny_models import byte_tokenizer, create
 
 IDS = torch.tensor([[5, 9, 2, 77, 31, 8, 100, 4]])
 

@@ -11,9 +11,9 @@ from cor_vllm import scores as scores_file
 from cor_vllm.evaluate import runs
 from cor_vllm.evaluate.conditions import Permuted
 from cor_vllm.scores import Scores
+from cor_vllm.testing.make_scores import make
 from tests import fake_server
 from tests.fake_server import Fake
-from tests.make_scores import make
 from tests.unit.test_evaluate_faults import refused
 
 MODEL = Path("examples/demo/model")

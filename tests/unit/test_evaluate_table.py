@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cor_vllm.config import CorConfig, plan
 from cor_vllm.evaluate import runs
 from cor_vllm.evaluate.benchmarks import Benchmark, EvaluationError, chosen
 from cor_vllm.evaluate.conditions import Permuted, RandomBias, Sources, select, table
@@ -16,6 +15,7 @@ from cor_vllm.evaluate.runs import Column, Run
 from cor_vllm.evaluate.tuning import halve, mean_score, parse_grid
 from cor_vllm.evaluate.verdict import chat_note
 from cor_vllm.scores import Scores
+from cor_vllm.serve.config import CorConfig, plan
 
 
 def test_every_condition_is_something_that_the_server_takes(scores: Scores) -> None:

@@ -13,12 +13,13 @@ import torch
 from pydantic import BaseModel
 from requests.exceptions import ConnectionError as NoConnection
 
-from cor_vllm import cli, exits
+from cor_vllm import cli
 from cor_vllm import scores as scores_file
-from cor_vllm.compat import UnsupportedVersion
+from cor_vllm.commands import exits
 from cor_vllm.errors import CorError
 from cor_vllm.scores import Scores, ScoresError
-from cor_vllm.verify import VerifyError
+from cor_vllm.serve.compat import UnsupportedVersion
+from cor_vllm.verify.command import VerifyError
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
@@ -73,7 +74,10 @@ def test_a_full_disk_behind_stdout_is_one_line(name: str, unbuffered: str, file:
 
 
 def test_streams_that_cannot_be_written_change_no_exit_code() -> None:
-    source = ["-c", "import sys; from cor_vllm import exits; sys.exit(exits.run(lambda: print(1) or 1 / 0))"]
+    source = [
+        "-c",
+        "import sys; from cor_vllm.commands import exits; sys.exit(exits.run(lambda: print(1) or 1 / 0))",
+    ]
     assert "unexpected ZeroDivisionError" in one_line(start(source))
     with open("/dev/full", "wb") as full:
         assert start(source, stderr=full).returncode == 1
@@ -85,7 +89,7 @@ def test_streams_that_cannot_be_written_change_no_exit_code() -> None:
 def test_streams_that_are_closed_from_the_start(closed: tuple[int, ...]) -> None:
     """What is opened later does not take their numbers, and evaluate can turn stdout into stderr."""
     source = (
-        "import os, sys; from cor_vllm import exits; from cor_vllm.evaluate.command import _run\n"
+        "import os, sys; from cor_vllm.commands import exits; from cor_vllm.evaluate.command import _run\n"
         "def main():\n"
         "    with _run(): print('log')\n"
         "    print('table'); return 0 if os.open('/', os.O_RDONLY) > 2 else 1\n"
@@ -107,7 +111,7 @@ def test_a_terminal_without_greek(file: Path) -> None:
 
 
 def test_a_path_that_is_not_utf_8() -> None:
-    source = "from cor_vllm import exits; print(exits.run(lambda: print('wrote \\udcff') or 0))"
+    source = "from cor_vllm.commands import exits; print(exits.run(lambda: print('wrote \\udcff') or 0))"
     assert start(["-c", source]).stdout == b"wrote \\udcff\n0\n"
 
 
@@ -156,8 +160,8 @@ def test_only_a_comparison_that_failed_means_misrouted(
             raise error
         return {"problems": problems, "notes": []}
 
-    monkeypatch.setattr("cor_vllm.verify._load", lambda *args: (None, []))
-    monkeypatch.setattr("cor_vllm.verify.inspect", inspect)
+    monkeypatch.setattr("cor_vllm.verify.command._load", lambda *args: (None, []))
+    monkeypatch.setattr("cor_vllm.verify.command.inspect", inspect)
     monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # verify sets both, and this is no process
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     assert cli.main(["verify", "m", "--cor-scores", "s", "--json"]) == code
@@ -262,7 +266,7 @@ def test_a_signal_gives_every_finally_its_turn(
 ) -> None:
     ready, cleaned = tmp_path / "ready", tmp_path / "cleaned"
     source = (
-        "import sys, time, pathlib\nfrom cor_vllm import exits\n"
+        "import sys, time, pathlib\nfrom cor_vllm.commands import exits\n"
         "def command():\n"
         "    try:\n"
         f"        pathlib.Path({str(ready)!r}).touch(); time.sleep(600)\n"

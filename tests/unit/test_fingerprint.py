@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cor_vllm.fingerprint import FingerprintError, Routers, read_routers
-from tests import tiny_models
+from cor_vllm.testing import tiny_models
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
 GATE = torch.arange(6.0).view(3, 2)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cor_vllm import flags
-from cor_vllm.config import ConfigError
+from cor_vllm.serve import flags
+from cor_vllm.serve.config import ConfigError
 
 
 @pytest.fixture(scope="module")

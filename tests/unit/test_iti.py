@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from cor_vllm.calibrate.heldout import Tables, rules
-from cor_vllm.calibrate.moe_model import MoeModel
+from cor_vllm.calibrate.model.moe_model import MoeModel
+from cor_vllm.calibrate.result.heldout import Tables, rules
 from cor_vllm.evaluate.dola import dola
 from cor_vllm.evaluate.iti import Directions, Example, activations, default_heads, fit, iti
-from tests import tiny_models
+from cor_vllm.testing import tiny_models
 
 sklearn = pytest.importorskip("sklearn")
 

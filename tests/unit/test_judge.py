@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cor_vllm import judge
+from cor_vllm.verify import judge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXPERTS = 8

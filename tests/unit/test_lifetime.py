@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cor_vllm import lifetime
+from cor_vllm.commands import lifetime
 
 ROOT = Path(__file__).parents[2]
 SLEEP = "import time; time.sleep(600)"
@@ -23,7 +23,7 @@ time.sleep(600)
 """
 PARENT = f"""
 import subprocess, sys, time
-from cor_vllm import lifetime
+from cor_vllm.commands import lifetime
 lifetime.guard(); lifetime.guard()
 subprocess.Popen([sys.executable, "-c", {CHILD!r}, *sys.argv[2:]], start_new_session=True)
 sys.stdin.readline()
@@ -80,7 +80,7 @@ def test_a_tree_ends_with_its_root(end: str) -> None:
 def test_a_child_that_a_shell_left_is_not_ended(end: signal.Signals) -> None:
     """`server & exec cor-vllm …`: the shell became this process, and its background jobs are our children."""
     source = (
-        "import os, subprocess, sys\nfrom cor_vllm import lifetime\n"
+        "import os, subprocess, sys\nfrom cor_vllm.commands import lifetime\n"
         "lifetime.guard()\n"
         f"ours = subprocess.Popen([sys.executable, '-c', {SLEEP!r}])\n"
         "print(ours.pid, flush=True)\nours.wait()"

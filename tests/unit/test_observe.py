@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cor_vllm.config import ConfigError, CorConfig, plan
 from cor_vllm.kernels.reference import cor_topk
 from cor_vllm.metadata import ServingInfo
-from cor_vllm.observe import COUNTERS, count
-from tests.make_scores import make
+from cor_vllm.serve.config import ConfigError, CorConfig, plan
+from cor_vllm.serve.observe import COUNTERS, count
+from cor_vllm.testing.make_scores import make
 
 MODEL = Path(__file__).parents[2] / "examples/demo/model"
 

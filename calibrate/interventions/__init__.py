@@ -1,0 +1,1 @@
+"""What is done to the model, and the loss changes that it causes."""

@@ -1,0 +1,80 @@
+"""How many rows fit into --max-memory: an estimate from a model's dimensions."""
+
+from typing import Any
+
+from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
+from cor_vllm.calibrate.model import limits
+from cor_vllm.calibrate.model.families import num_experts
+from cor_vllm.calibrate.model.moe_model import MoeModel
+from cor_vllm.calibrate.model.offload import in_words
+
+
+def check_host_memory(needed: int) -> None:
+    """Refuse what cannot fit into host memory, before the first layer runs.
+
+    Args:
+        needed: bytes of the hidden states that wait on the host; allocated, and not written to yet.
+    """
+    limit = limits.pages_limit()
+    if needed > limit.free:
+        raise CalibrationError(
+            f"the variants' hidden states take {in_words(needed)} of host memory, {in_words(limit.free)} are "
+            f"free {limit.name}; lower --num-tokens, or give --perturb-scope token"
+        )
+
+
+def waiting_bytes(options: CalibrationOptions, config: Any, itemsize: int) -> int:
+    """About what the sweep's hidden states will take on the host: sequences, their copies, the variants."""
+    hard = options.num_tokens * (100 - options.hard_percentile) / 100
+    easy = options.num_tokens * options.easy_percentile / 100
+    per_token = options.perturb_scope == "token"
+    variants = hard * (config.num_experts_per_tok + 2) + (hard + easy if per_token else options.num_tokens)
+    layers: int = config.num_hidden_layers
+    return int((options.num_tokens + layers * variants) * config.hidden_size * itemsize)
+
+
+def layer_rows(model: MoeModel, longest: int, max_memory: int) -> int:
+    """Rows of one layer call; at least those of the longest sequence.
+
+    Args:
+        model: whose dimensions count.
+        longest: tokens of the longest sequence.
+        max_memory: bytes that the call's activations may take, weights not counted.
+
+    Raises:
+        CalibrationError: not even one sequence fits.
+    """
+    row = bytes_per_row(model.config, longest, model.model.dtype.itemsize)
+    rows = max_memory // row
+    if rows < longest:
+        raise CalibrationError(
+            f"--max-memory {max_memory}: the longest sequence, {longest} tokens, needs "
+            f"{row * longest} bytes; raise it or lower --seq-len"
+        )
+    return rows
+
+
+def bytes_per_row(config: Any, longest: int, itemsize: int) -> int:
+    """What one row of a layer call takes at the call's peak, from above.
+
+    Attention: logits, their masked copy, the joined ones and probabilities, float32, for every head and key;
+    query, key, value, output. Experts: the expert mask of transformers, int64 [N, K] and its copies; gate, up
+    and product of all K experts as if at once. Residual stream, latents (MLA), norms and
+    their float32 copies.
+    """
+    heads, hidden, top_k = config.num_attention_heads, config.hidden_size, config.num_experts_per_tok
+    head = max(
+        getattr(config, "head_dim", None) or hidden // heads,
+        (getattr(config, "qk_nope_head_dim", None) or 0) + (getattr(config, "qk_rope_head_dim", None) or 0),
+    )
+    widths = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+    wide = max(getattr(config, name, None) or 0 for name in widths)
+    attention = 4 * 4 * heads * (longest + 2) + 5 * heads * head * itemsize
+    latent = (getattr(config, "kv_lora_rank", None) or 0) + (getattr(config, "q_lora_rank", None) or 0)
+    experts = 3 * 8 * top_k * (num_experts(config) + 1) + 4 * wide * top_k * itemsize
+    return attention + experts + (hidden + latent) * (8 * itemsize + 4 * 4)
+
+
+def head_rows(model: MoeModel, max_memory: int) -> int:
+    """Rows of one call of the language-model head: logits in the model's dtype and three times in float32."""
+    return max(1, max_memory // (model.config.vocab_size * (model.model.dtype.itemsize + 3 * 4)))

@@ -1,0 +1,1 @@
+"""A server runs: the endpoint, changes while serving, the prefix cache's key, the metrics."""

@@ -1,0 +1,218 @@
+"""Reads and changes the routing where it lives: methods that vLLM's workers and engine cores get from us.
+
+The front ends call the engine cores' methods (endpoint.py), which run between two steps of the model, and
+those call their workers'. What they exchange is plain data, because vLLM sends no other.
+"""
+
+import functools
+from typing import Any
+
+from cor_vllm import __version__
+from cor_vllm.metadata import Mode
+from cor_vllm.scores import ScoresError
+from cor_vllm.serve.config import ConfigError, CorConfig
+from cor_vllm.serve.process import config_of, doubts_of, layers_of, scores_of
+
+
+def install() -> None:
+    """Give vLLM's workers and engine cores our methods, and the prefix cache its key."""
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    WorkerBase.cor_status = worker_status
+    WorkerBase.cor_counts = worker_counts
+    WorkerBase.cor_check = worker_check
+    WorkerBase.cor_apply = worker_apply
+    EngineCore.cor_status = core_status
+    EngineCore.cor_counts = core_counts
+    EngineCore.cor_check = core_check
+    EngineCore.cor_change = core_change
+    _wrap_requests(EngineCore)
+
+
+def _current(owner: Any) -> CorConfig | None:
+    """The options that a worker or an engine core follows now: those of its start, or of the last change."""
+    if "cor_config" not in vars(owner):
+        owner.cor_config = config_of(owner.vllm_config)
+    config: CorConfig | None = owner.cor_config
+    return config
+
+
+# ---- worker
+
+
+def _moe_layers(worker: Any) -> list[tuple[int, str, Any]]:
+    """Decoder layer number, name and runner of every MoE layer that this worker holds."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    from cor_vllm.verify import probe
+
+    layers = probe.moe_layers(worker.get_model())
+    return [(extract_layer_index(name), name, runner) for name, runner in layers.items()]
+
+
+def worker_status(worker: Any) -> dict[str, Any]:
+    """What this worker routes by, read off its layers; nothing is read from the device."""
+    from cor_vllm.verify import probe
+
+    config = _current(worker)
+    assert config is not None, "asked only where the engine is ours"
+    model = scores_of(config).config.model
+    return {
+        "rank": worker.rank,
+        "version": __version__,
+        "fingerprint": model.fingerprint,
+        "model_top_k": model.top_k,
+        "options": config.model_dump(by_alias=True, exclude={"scores"}),
+        "warnings": list(doubts_of(config)),
+        "layers": [
+            {
+                "layer": index,
+                "name": name,
+                "router": type(runner.router).__name__,
+                "kernel": probe.kernel_name(runner),
+                "k": runner.router.top_k,
+                "lambda": runner.router.layer.lambda_,
+                "biased": runner.router.layer.biased,
+            }
+            for index, name, runner in _moe_layers(worker)
+        ],
+    }
+
+
+def worker_counts(worker: Any) -> dict[int, list[int]]:
+    """Decoder layer number → observe.COUNTERS since the start; waits for the device."""
+    counts = ((index, runner.router.counts) for index, _, runner in _moe_layers(worker))
+    return {index: values.tolist() for index, values in counts if values is not None}
+
+
+def worker_check(worker: Any, config: CorConfig) -> str:
+    """Why this worker cannot route by `config` without a restart; empty where it can."""
+    try:
+        layers = layers_of(config)
+    except (ConfigError, ScoresError) as error:
+        return str(error)
+    differ = [index for index, _, m in _moe_layers(worker) if layers[index].top_k != m.router.top_k]
+    if not differ:
+        return ""
+    return (
+        f"mode {config.mode!r} has another k in decoder layers {differ}, and k is part of captured and "
+        f"compiled graphs: restart the server with --cor-mode {config.mode}"
+    )
+
+
+def worker_apply(worker: Any, config: CorConfig) -> None:
+    """Route by `config`, which worker_check accepted, from the next forward on."""
+    layers = layers_of(config)
+    for index, _, runner in _moe_layers(worker):
+        runner.router.change(layers[index])
+    worker.cor_config = config
+
+
+# ---- engine core
+
+
+def core_status(core: Any) -> list[dict[str, Any]]:
+    """worker_status of every worker of this engine, by rank."""
+    statuses: list[dict[str, Any]] = core.collective_rpc("cor_status")
+    return statuses
+
+
+def core_counts(core: Any) -> dict[int, list[int]]:
+    """worker_counts of this engine; empty while it sleeps, since its memory is not there then.
+
+    Ranks that share a layer see the same tokens, so that the first one's counts are the layer's.
+    """
+    merged: dict[int, list[int]] = {}
+    if not core.model_executor.is_sleeping:
+        for counts in core.collective_rpc("cor_counts"):
+            merged = {**counts, **merged}
+    return merged
+
+
+def core_check(core: Any, lambda_: float | None, mode: Mode | None) -> str:
+    """Why this engine cannot change λ and mode so; empty where it can. None stays as it is."""
+    if core.model_executor.is_sleeping:
+        return "the engine sleeps and its buffers are not in memory: wake it up first"
+    if core.vllm_config.kv_transfer_config is not None:
+        return (
+            "a KV connector is configured, and what it keeps or brings was computed under another λ: restart "
+            "the server to change the routing"
+        )
+    try:
+        config = _current(core)
+        assert config is not None, "asked only where the engine is ours"
+        config = config.changed(lambda_, mode)
+    except ConfigError as error:
+        return str(error)
+    answers: list[str] = core.collective_rpc("cor_check", args=(config,))
+    return next(filter(None, answers), "")
+
+
+def core_change(core: Any, lambda_: float | None, mode: Mode | None) -> str:
+    """Change λ and mode between two steps: on all workers, or, with the reason returned, on none.
+
+    Requests that are running keep the tokens that they have and are computed again under the new routing, as
+    vLLM does when weights change: no KV cache is left that mixes two routings.
+    """
+    if refused := core_check(core, lambda_, mode):
+        return refused
+    config = _current(core)
+    assert config is not None, "core_check said so"
+    changed = config.changed(lambda_, mode)
+    if changed == config:
+        return ""
+    core.collective_rpc("cor_apply", args=(changed,))
+    core.cor_config = changed
+    core.reset_prefix_cache(reset_running_requests=True)
+    for request in core.scheduler.requests.values():
+        _renew_salt(core, request)
+    return ""
+
+
+# ---- prefix cache
+
+
+def _wrap_requests(core_class: Any) -> None:
+    """Every request's blocks are hashed with the routing that fills them, beside the user's own cache_salt.
+
+    vLLM chains block hashes from the first block on, which includes the salt. Two scores files, or on and
+    off, so never share a block, in this engine or in an external store of blocks.
+    """
+    preprocess_add_request = core_class.preprocess_add_request
+    add_request = core_class.add_request
+
+    @functools.wraps(preprocess_add_request)
+    def preprocess(self: Any, request: Any) -> Any:
+        if salt := _salt(self):
+            request.cache_salt = salt + (request.cache_salt or "")
+        return preprocess_add_request(self, request)
+
+    @functools.wraps(add_request)
+    def add(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        # The routing may have changed since another thread prepared the request.
+        _renew_salt(self, request)
+        return add_request(self, request, *args, **kwargs)
+
+    core_class.preprocess_add_request = preprocess
+    core_class.add_request = add
+
+
+def _salt(core: Any) -> str:
+    config = _current(core)
+    return "" if config is None else _digest(config)
+
+
+@functools.lru_cache(maxsize=4)
+def _digest(config: CorConfig) -> str:
+    return config.routing_digest()
+
+
+def _renew_salt(core: Any, request: Any) -> None:
+    """Hash a request's blocks anew where they were hashed under another routing."""
+    salt = _salt(core)
+    if not salt or request.cache_salt.startswith(salt):
+        return
+    request.cache_salt = salt + request.cache_salt[len(salt) :]
+    request.block_hashes = []
+    request.update_block_hashes()

@@ -1,0 +1,209 @@
+"""vLLM's router interface ↔ the routing step; the only file that names vLLM's router types."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm import envs
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
+from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+from cor_vllm.kernels.dispatch import WARM_UP_TOKENS, cor_topk
+from cor_vllm.kernels.reference import probabilities, select
+from cor_vllm.serve import observe
+from cor_vllm.serve.compat import AlwaysAsked
+from cor_vllm.serve.config import LayerRouting, Weights
+
+
+class CorRouter(AlwaysAsked, BaseRouter):
+    """Routes one MoE layer by counterfactual routing.
+
+    It stands in front of the router that vLLM would have used (`stock`, built with this layer's k_l). Where
+    the score is the model's own, the stock router decides: with k_l = top_k the server is then bit-identical
+    to one without the plugin, on every platform.
+
+    Args:
+        stock: vLLM's own router for this layer.
+        layer: k_l, λ·CEI and the mode.
+        options: what vLLM made `stock` with, the arguments of its create_fused_moe_router.
+        logits_dtype: of the router logits that will come.
+        widest: the most experts that any layer selects.
+        num_experts: N, columns of the router logits.
+        weights: what weighs the experts, the router's probability or the score.
+        seed: of mode `random`.
+    """
+
+    def __init__(
+        self,
+        stock: BaseRouter,
+        layer: LayerRouting,
+        options: dict[str, Any],
+        *,
+        logits_dtype: torch.dtype,
+        widest: int,
+        num_experts: int,
+        weights: Weights,
+        seed: int,
+    ) -> None:
+        super().__init__(stock.top_k, stock.global_num_experts, stock.eplb_state)
+        self.stock = stock
+        self.layer = layer
+        self.logits_dtype = logits_dtype
+        self.widest = widest
+        self.num_experts = num_experts
+        self.fused = weights == "fused"
+        self.seed = seed
+        self.renormalize: bool = options["renormalize"]
+        self.scoring_func: str = options["scoring_func"]
+        self.scale: float = options["routed_scaling_factor"]
+        self.correction_bias: torch.Tensor | None = options["e_score_correction_bias"]
+        grouped = options["use_grouped_topk"] and options["num_expert_group"] > 1
+        self.groups: dict[str, Any] = {
+            "num_expert_group": options["num_expert_group"] if grouped else 1,
+            "topk_group": options["topk_group"] if grouped else 1,
+        }
+        self.on_cpu = isinstance(stock, CPURouter)
+        # Where the stock router would mark padding rows; expert kernels skip them.
+        self.marks_padding = not self.on_cpu and (options["skip_padding"] or not grouped)
+        self.bias = layer.bias  # [N] float32; the plugin replaces it by the layer's buffer on the device
+        self.counts: torch.Tensor | None = None  # int64, observe.COUNTERS; a buffer that the plugin sets
+
+    @property
+    def routing_method_type(self) -> RoutingMethodType:
+        """Custom: kernels that route inside themselves refuse it, so vLLM picks one that asks us."""
+        return RoutingMethodType.Custom
+
+    @property
+    def decided_by_vllm(self) -> bool:
+        """Whether the stock router selects and weighs, because the score is the model's own."""
+        return self.bias is None and not self.layer.random and not self.fused
+
+    def set_capture_fn(self, capture_fn: Callable[[torch.Tensor], None] | None) -> None:
+        """For --enable-return-routed-experts, whose buffer has one width for all layers.
+
+        A layer with fewer experts repeats its last one. Any other filler would be some expert's id, too.
+        """
+        filler = self.widest - self.top_k
+        if capture_fn is None or filler == 0:
+            super().set_capture_fn(capture_fn)
+            return
+
+        def padded(topk_ids: torch.Tensor) -> None:
+            capture_fn(torch.cat([topk_ids, topk_ids[:, -1:].expand(-1, filler)], dim=1))
+
+        super().set_capture_fn(padded)
+
+    def weights_loaded(self) -> None:
+        """Make ready to serve, once the model's own parameters have their values."""
+        if self.bias is not None:
+            self._fill_bias()
+        buffer = self.counts if self.bias is None else self.bias
+        if buffer is not None and buffer.is_cuda:
+            self._compile_kernel(buffer.device)
+
+    def change(self, layer: LayerRouting) -> None:
+        """Route by another λ·CEI from the next forward on; k_l is part of graphs and must be the same."""
+        assert layer.top_k == self.top_k and layer.random == self.layer.random, "parts of captured graphs"
+        self.layer = layer
+        self._fill_bias()
+
+    def _fill_bias(self) -> None:
+        assert self.bias is not None and self.layer.bias is not None, "a buffer where the layer has λ·CEI"
+        bias = self.layer.bias.to(self.bias.device)
+        # In place: CUDA graphs replay the address.
+        self.bias.copy_(bias if self.correction_bias is None else bias + self.correction_bias)
+
+    def _compile_kernel(self, device: torch.device) -> None:
+        """All variants that serving will need: later one would stall requests, or break a graph capture."""
+        for tokens in WARM_UP_TOKENS:
+            logits = torch.zeros((tokens, self.num_experts), dtype=self.logits_dtype, device=device)
+            no_padding = torch.zeros(tokens, dtype=torch.bool, device=device)
+            for is_padding in (no_padding, None):
+                if self.bias is not None:
+                    self._route(logits, torch.int32, is_padding)
+            if self.counts is not None:
+                self._own_ids(logits)
+
+    def _compute_routing(
+        self,
+        hidden_states: torch.Tensor,
+        router_logits: torch.Tensor,
+        indices_type: torch.dtype | None,
+        *,
+        input_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Select this layer's experts: (topk_weights [T, k_l] float32, topk_ids [T, k_l])."""
+        own = self.decided_by_vllm
+        if own:
+            weights, ids = self.stock._compute_routing(
+                hidden_states, router_logits, indices_type, input_ids=input_ids
+            )
+        else:
+            padding = self._padding(len(router_logits))
+            weights, ids = self._route(router_logits, indices_type or torch.int32, padding)
+        if self.counts is not None:
+            own_ids = None if own else self._own_ids(router_logits)
+            observe.count(self.counts, ids, own_ids, self.num_experts, self._rows_without_token(len(ids)))
+        return weights, ids
+
+    def _own_ids(self, router_logits: torch.Tensor) -> torch.Tensor:
+        """[T, k_l]: the experts that the model's own score would have chosen."""
+        bias = None if self.correction_bias is None else self.correction_bias.float()
+        return cor_topk(router_logits, bias, self.top_k, False, self.scoring_func, **self.groups)[1]
+
+    def _route(
+        self, router_logits: torch.Tensor, indices_type: torch.dtype, is_padding: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        options: dict[str, Any] = {**self.groups, "is_padding": is_padding, "indices_type": indices_type}
+        if self.layer.random:
+            probs = probabilities(router_logits, self.scoring_func)
+            scores = random_scores(router_logits, self.seed + self.layer.layer_index)
+            return select(probs, scores, self.top_k, self.renormalize, self.scale, **options)
+        if self.fused:
+            scores = probabilities(router_logits, self.scoring_func)
+            bias = self.correction_bias if self.bias is None else self.bias
+            scores = scores if bias is None else scores + bias
+            return select(scores, scores, self.top_k, True, self.scale, **options)
+        return cor_topk(
+            router_logits, self.bias, self.top_k, self.renormalize, self.scoring_func, self.scale, **options
+        )
+
+    def _padding(self, tokens: int) -> torch.Tensor | None:
+        """[tokens] bool, the rows to mark as padding; None where vLLM marks none."""
+        marked = self.marks_padding and envs.VLLM_MOE_SKIP_PADDING
+        return self._rows_without_token(tokens) if marked else None
+
+    def _rows_without_token(self, tokens: int) -> torch.Tensor | None:
+        """[tokens] bool, the rows that only fill up a CUDA graph; None on the CPU, which has none."""
+        if self.on_cpu or not is_forward_context_available():
+            return None
+        is_padding = get_forward_context().is_padding
+        return None if is_padding is None else is_padding[:tokens]
+
+
+def random_scores(router_logits: torch.Tensor, seed: int) -> torch.Tensor:
+    """Uniform scores per token and expert that depend on nothing but the token's own logits and the seed.
+
+    A generator would give other numbers under another batch order, on every tensor-parallel rank, and the
+    same ones at every replay of a CUDA graph. Hashing the logits' bits has none of that.
+
+    Args:
+        router_logits: [T, N], any float dtype.
+        seed: differs by layer.
+
+    Returns:
+        [T, N] float32 in [0, 1).
+    """
+    bits = router_logits.float().contiguous().view(torch.int32).long()
+    experts = torch.arange(1, bits.shape[1] + 1, device=bits.device)
+    token = (_mix(bits + experts * 0x9E3779B97F4A7C1)).sum(dim=1, keepdim=True)
+    return (_mix(_mix(token + seed) + experts * 0x9E3779B97F4A7C1) & 0xFFFFFF).float() / (1 << 24)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """The finalizer of splitmix64 (Steele et al., 2014) on int64, which wraps around."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)

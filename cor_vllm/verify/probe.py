@@ -1,0 +1,238 @@
+"""What really happens in the MoE layers of this process: recorded while the model runs, for judge.py."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.models.utils import extract_layer_index
+
+from cor_vllm.kernels.dispatch import cor_topk
+from cor_vllm.serve.router import CorRouter
+
+ROWS = 256  # tokens that are kept per layer
+SYNTHETIC_ROWS = 16
+
+
+@dataclasses.dataclass
+class LayerRecord:
+    """One MoE layer of one worker: what it is built of, and what went through it.
+
+    `router_logits` is what the router was given, `topk_ids` and `topk_weights` what the expert kernel was
+    given, for the first ROWS tokens; None if that was never called.
+    """
+
+    name: str
+    layer_index: int
+    kernel: str
+    modular: bool
+    router: str
+    top_k: int
+    scoring_func: str = "softmax"
+    renormalize: bool = False
+    scale: float = 1.0
+    num_expert_group: int = 1
+    topk_group: int = 1
+    decided_by_vllm: bool = False  # the score is the model's own, so vLLM's router selects and weighs
+    different_tokens: bool = False  # the rows are of different tokens, as no run with dummy tokens has them
+    correction_bias: torch.Tensor | None = None  # [N] float32
+    router_logits: torch.Tensor | None = None  # [T, N], in the dtype that the model computes them in
+    topk_ids: torch.Tensor | None = None  # [T, top_k]
+    topk_weights: torch.Tensor | None = None  # [T, top_k] float32
+    stock_ids: torch.Tensor | None = None  # [T, top_k] what vLLM's own router makes of the same logits
+    stock_weights: torch.Tensor | None = None  # [T, top_k] float32, likewise
+    exact_ids: torch.Tensor | None = None  # [T, top_k] what it makes of them when they come in float32
+    exact_weights: torch.Tensor | None = None  # [T, top_k] float32, likewise
+    unbiased_ids: torch.Tensor | None = None  # [T, top_k] what our routing step makes of them with λ = 0
+
+
+def moe_layers(model: torch.nn.Module) -> dict[str, MoERunner]:
+    """Every MoE layer of the model by its name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoERunner)}
+
+
+def kernel_name(runner: MoERunner) -> str:
+    """The class that computes a layer's experts, as far as vLLM names one; its quantisation method else."""
+    method = runner.routed_experts.quant_method
+    experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+    return type(method if experts is None else experts).__name__
+
+
+def describe(name: str, runner: MoERunner) -> LayerRecord:
+    """The facts about a layer that hold without running it."""
+    record = LayerRecord(
+        name=name,
+        layer_index=extract_layer_index(name),
+        kernel=kernel_name(runner),
+        modular=not runner.is_monolithic,
+        router=type(runner.router).__name__,
+        top_k=runner.router.top_k,
+    )
+    if isinstance(runner.router, CorRouter):
+        router = runner.router
+        record.scoring_func = router.scoring_func
+        record.renormalize = router.renormalize
+        record.scale = router.scale
+        record.num_expert_group = router.groups["num_expert_group"]
+        record.topk_group = router.groups["topk_group"]
+        record.correction_bias = _host(router.correction_bias)
+        record.decided_by_vllm = router.decided_by_vllm
+    return record
+
+
+@contextlib.contextmanager
+def recording(model: torch.nn.Module, different_tokens: bool) -> Iterator[list[LayerRecord]]:
+    """Record what passes through the MoE layers in the first forward of the with-block.
+
+    The layers must run in Python: not inside a CUDA graph replay or a graph compiled for the CPU.
+
+    Args:
+        model: of one worker.
+        different_tokens: the forward will be of different tokens, so that the logits have to differ, too.
+    """
+    layers = moe_layers(model)
+    records = [describe(name, runner) for name, runner in layers.items()]
+    for record in records:
+        record.different_tokens = different_tokens
+    with contextlib.ExitStack() as stack:
+        for record, runner in zip(records, layers.values(), strict=True):
+            stack.enter_context(_replaced(runner.router, "select_experts", _listen_to_router(record)))
+            if runner.router.eplb_state is not None:
+                # The kernel gets the ids of physical experts then.
+                stack.enter_context(
+                    _replaced(runner.router, "_apply_eplb_mapping", _listen_to_mapping(record))
+                )
+            experts = runner.routed_experts
+            stack.enter_context(_replaced(experts, "forward_modular", _listen_to_kernel(record)))
+        yield records
+    for record, runner in zip(records, layers.values(), strict=True):
+        _add_stock(record, runner.router)
+
+
+def ask_routers(model: torch.nn.Module) -> list[LayerRecord]:
+    """Records of the routers alone, on random logits, where the model cannot be run in Python."""
+    records = []
+    for name, runner in moe_layers(model).items():
+        record = describe(name, runner)
+        bias = runner.router.layer.bias if isinstance(runner.router, CorRouter) else None
+        experts = runner.router.global_num_experts if bias is None else len(bias)
+        device = next(runner.parameters()).device
+        dtype = getattr(runner.router, "logits_dtype", torch.float32)
+        generator = torch.Generator().manual_seed(record.layer_index)
+        drawn = torch.randn(SYNTHETIC_ROWS, experts, generator=generator, dtype=torch.float32)
+        logits = (2 * drawn).to(device, dtype)
+        weights, ids = runner.router._compute_routing(logits, logits, None)
+        record.router_logits, record.topk_weights, record.topk_ids = map(_host, (logits, weights, ids))
+        _add_stock(record, runner.router)
+        records.append(record)
+    return records
+
+
+def gates(model: torch.nn.Module) -> dict[str, Any]:
+    """The linear layer that makes the router logits of each MoE layer, by the MoE layer's name."""
+    found = {}
+    for name in moe_layers(model):
+        block = model.get_submodule(name.removesuffix(".base_layer").rpartition(".")[0])
+        gate = getattr(block, "gate", None)
+        gate = getattr(block, "router", None) if gate is None else gate
+        if gate is not None:
+            found[name] = getattr(gate, "base_layer", gate)  # below a LoRA adapter
+    return found
+
+
+def ask_gates(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Router logits [SYNTHETIC_ROWS, N] of random activations, by the MoE layer's name.
+
+    vLLM packs a gate's weight for some kernels and drops it, so gates are asked and not looked at.
+    """
+    answers = {}
+    for name, gate in gates(model).items():
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(SYNTHETIC_ROWS, gate.input_size, generator=generator, dtype=torch.float32)
+        logits = gate(drawn.to(next(gate.parameters()).device, gate.params_dtype))
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        answers[name] = logits.detach().cpu()
+    return answers
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, wrap: Any) -> Iterator[None]:
+    setattr(owner, name, wrap(getattr(owner, name)))  # on the instance: the class keeps its own
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+def _listen_to_router(record: LayerRecord) -> Any:
+    def wrap(select_experts: Any) -> Any:
+        def listening(*args: Any, **kwargs: Any) -> Any:
+            logits = kwargs["router_logits"] if "router_logits" in kwargs else args[1]
+            if record.router_logits is None:
+                record.router_logits = _host(logits)
+            return select_experts(*args, **kwargs)
+
+        return listening
+
+    return wrap
+
+
+def _listen_to_mapping(record: LayerRecord) -> Any:
+    def wrap(apply_eplb_mapping: Any) -> Any:
+        def listening(topk_ids: torch.Tensor) -> Any:
+            if record.topk_ids is None:
+                record.topk_ids = _host(topk_ids)
+            return apply_eplb_mapping(topk_ids)
+
+        return listening
+
+    return wrap
+
+
+def _listen_to_kernel(record: LayerRecord) -> Any:
+    def wrap(forward_modular: Any) -> Any:
+        def listening(*args: Any, **kwargs: Any) -> Any:
+            if record.topk_ids is None:
+                record.topk_ids = _host(kwargs["topk_ids"])
+            if record.topk_weights is None:
+                record.topk_weights = _host(kwargs["topk_weights"])
+            return forward_modular(*args, **kwargs)
+
+        return listening
+
+    return wrap
+
+
+def _add_stock(record: LayerRecord, router: Any) -> None:
+    """The same logits through vLLM's own router and through our routing step with λ = 0.
+
+    vLLM's router for CPUs computes in the logits' dtype, up to 2⁻⁹ (bf16) off in each weight. So it is asked
+    twice: as it serves, and in float32, where what it computes can be told from how it rounds.
+    """
+    if record.router_logits is None or not isinstance(router, CorRouter):
+        return
+    device = router.bias.device if router.bias is not None else torch.device("cpu")
+    logits = record.router_logits.to(device)
+    stock_weights, stock_ids = router.stock._compute_routing(logits, logits, None)
+    exact_weights, exact_ids = router.stock._compute_routing(logits.float(), logits.float(), None)
+    bias = router.correction_bias
+    zeros = torch.zeros(logits.shape[1], device=device, dtype=torch.float32)
+    bias = zeros if bias is None else bias.float()
+    _, unbiased = cor_topk(
+        logits,
+        bias,
+        record.top_k,
+        router.renormalize,
+        router.scoring_func,
+        num_expert_group=record.num_expert_group,
+        topk_group=record.topk_group,
+    )
+    record.stock_ids, record.stock_weights = _host(stock_ids), _host(stock_weights)
+    record.exact_ids, record.exact_weights = _host(exact_ids), _host(exact_weights)
+    record.unbiased_ids = _host(unbiased)
+
+
+def _host(values: torch.Tensor | None) -> torch.Tensor | None:
+    return None if values is None else values.detach()[:ROWS].clone().cpu()

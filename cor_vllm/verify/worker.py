@@ -1,0 +1,118 @@
+"""What every vLLM worker does for us: checks its own routing before it serves, and reports it when asked."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cor_vllm.plugin import RoutingError, finish
+from cor_vllm.serve.config import CorConfig
+from cor_vllm.serve.fit import format_of
+from cor_vllm.serve.process import config_of, layers_of, scores_of
+from cor_vllm.verify.judge import as_rows, fault_of, first_problem, judge
+from cor_vllm.verify.loaded import check_loaded
+
+
+def install() -> None:
+    """Add the check at start and the methods for collective_rpc to vLLM's workers."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    init = WorkerBase.__init__
+
+    @functools.wraps(init)
+    def init_with_cor(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        config = config_of(self.vllm_config)
+        if config is None:
+            return
+        # On the instance: each platform's worker has methods of its own, and its class is not imported here,
+        # since the CPU's must patch torch before vLLM's workers see it.
+        for name in ("load_model", "reload_weights", "finish_weight_update"):
+            if hasattr(self, name):
+                setattr(self, name, _then_finish(self, getattr(self, name), config))
+        self.determine_available_memory = functools.partial(
+            _checked_start, self, self.determine_available_memory
+        )
+
+    WorkerBase.__init__ = init_with_cor
+    WorkerBase.cor_probe_begin = _probe_begin
+    WorkerBase.cor_probe_end = _probe_end
+
+
+def _then_finish(worker: Any, get_weights: Callable[..., None], config: CorConfig) -> Callable[..., None]:
+    """Whenever the worker has got weights, every MoE layer must still be ours, and each router reads them.
+
+    Expert kernels are chosen until the weights are there, and LoRA wraps the experts after that; a router's
+    buffer holds the model's own correction bias, which a reload (vLLM's own, or a trainer's) replaces.
+    """
+
+    @functools.wraps(get_weights)
+    def get_weights_with_cor(*args: Any, **kwargs: Any) -> None:
+        get_weights(*args, **kwargs)
+        finish(worker.get_model(), worker.vllm_config, layers_of(config))
+
+    return get_weights_with_cor
+
+
+@torch.inference_mode()
+def _checked_start(worker: Any, determine_available_memory: Any) -> Any:
+    """Watch the run by which vLLM measures its memory: every MoE layer must be routed as the file says.
+
+    Its tokens are dummies, all the same, which say nothing about the routers; those are asked by themselves.
+    """
+    from cor_vllm.verify import probe
+
+    model = worker.get_model()
+    check_loaded(model, worker.vllm_config)
+    for name, logits in probe.ask_gates(model).items():
+        if fault := fault_of(logits, different_tokens=_has_weights(worker)):
+            raise RoutingError(
+                f"{name}: {fault}; compare the checkpoint with the model's own, or load it anew"
+            )
+    records: list[Any] = []
+    with contextlib.ExitStack() as stack:
+        if _runs_in_python(worker.vllm_config):
+            records = stack.enter_context(probe.recording(model, different_tokens=False))
+        result = determine_available_memory()
+    if all(record.router_logits is None for record in records):  # vLLM saw no need to run the model
+        records = probe.ask_routers(model)
+    problem = first_problem(_judge(worker, records))
+    if problem:
+        raise RoutingError(f"{problem}; `cor-vllm verify` reports on every layer")
+    return result
+
+
+def _runs_in_python(engine: Any) -> bool:
+    """A model that is compiled for the CPU contains its routing; on a GPU the MoE layer is an opaque op."""
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu() or engine.compilation_config.mode == CompilationMode.NONE
+
+
+def _has_weights(worker: Any) -> bool:
+    """Whether the routers are a model's: among dummy weights a bias can outweigh the token."""
+    return format_of(worker.vllm_config) != "dummy"
+
+
+def _judge(worker: Any, records: list[Any]) -> Any:
+    config = config_of(worker.vllm_config)
+    assert config is not None, "only called where counterfactual routing is configured"
+    return judge(records, config, scores_of(config), worker.rank)
+
+
+def _probe_begin(self: Any) -> None:
+    """Record the next forward."""
+    from cor_vllm.verify import probe
+
+    self.cor_probe = contextlib.ExitStack()
+    recording = probe.recording(self.get_model(), different_tokens=_has_weights(self))
+    self.cor_records = self.cor_probe.enter_context(recording)
+
+
+def _probe_end(self: Any) -> list[dict[str, Any]]:
+    """What was found since `_probe_begin`: judge.LayerVerdict by layer, as dictionaries."""
+    self.cor_probe.close()
+    return as_rows(_judge(self, self.cor_records))
