@@ -4,10 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cor_vllm.modes import ModeName
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Sketch = Annotated[list[float], Field(min_length=64, max_length=64)]
 HARM_ERRORS = 2  # standard errors beyond which a file's own check says that it hurts
-Mode = Literal["full", "layer", "expert", "random", "off"]
 
 
 class _Section(BaseModel):
@@ -102,7 +103,7 @@ class ServingInfo(_Section):
     """What the server uses where no flag says otherwise."""
 
     lambda_: float = Field(default=0.1, ge=0, alias="lambda")
-    mode: Mode = "full"
+    mode: ModeName = "full"
 
 
 class ScoresConfig(_Section):

@@ -21,9 +21,10 @@ from safetensors.torch import save as safetensors_save
 
 from cor_vllm.errors import CorError, invalid, one_line
 from cor_vllm.metadata import ScoresConfig
+from cor_vllm.modes import SWAP_RATE_LAMBDAS as SWAP_RATE_LAMBDAS
+from cor_vllm.modes import Tables
 
 FORMAT = "cor-scores/1"
-SWAP_RATE_LAMBDAS = (0.01, 0.02, 0.05, 0.1, 0.2)
 MAX_FILE_BYTES = 1 << 28  # 1,000 layers of 2,048 experts need 33 MB
 MAX_HEADER_BYTES = 1 << 22
 RECALIBRATE = "write it again with `cor-vllm calibrate`"
@@ -59,6 +60,12 @@ class Scores:
     def num_experts(self) -> int:
         """N, the number of routed experts per layer."""
         return self.cei.shape[1]
+
+    @property
+    def tables(self) -> Tables:
+        """What the routing needs of the file."""
+        index, k = self.layer_index.tolist(), self.k.tolist()
+        return Tables(index, self.config.model.top_k, k, self.cei, self.swap_rate)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by its name in the file."""

@@ -7,6 +7,7 @@ import torch
 
 from cor_vllm.kernels import reference
 from cor_vllm.kernels.reference import SMALLEST
+from cor_vllm.modes import LayerRouting
 
 Rule = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """router_logits [T, N] → (weights [T, K] float32, ids [T, K] integer); K is the rule's own."""
@@ -103,3 +104,29 @@ class Router:
             return torch.where(affected, shares * weights.sum(dim=1, keepdim=True), weights), ids
 
         return rule
+
+
+def rule_of(router: Router, layer: LayerRouting) -> Rule:
+    """What the server does in a layer that is planned so (modes.plan), for a transformers model."""
+    if layer.random:
+        generator = torch.Generator().manual_seed(layer.seed)
+        return lambda logits: router.select(
+            router.probabilities(logits),
+            torch.rand(logits.shape, generator=generator).to(logits.device),
+            layer.top_k,
+        )
+    if layer.fused:
+        return lambda logits: _fused(router, layer, logits)
+    bias = layer.bias
+    return lambda logits: router.route(logits, None if bias is None else bias.to(logits.device), layer.top_k)
+
+
+def _fused(router: Router, layer: LayerRouting, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights from the score, renormalised."""
+    scores = router.probabilities(logits) + router.correction_bias.to(logits.device)
+    if layer.bias is not None:
+        scores = scores + layer.bias.to(logits.device)
+    return reference.select(
+        scores, scores, layer.top_k, True, router.scale,
+        num_expert_group=router.num_expert_group, topk_group=router.topk_group,
+    )  # fmt: skip

@@ -16,11 +16,11 @@ from cor_vllm.calibrate.result.allocation import budget
 from cor_vllm.calibrate.result.heldout import Alternative, Tables, check, compare, tune
 from cor_vllm.calibrate.text.inputs import Inputs
 from cor_vllm.calibrate.text.stratify import Strata
-from cor_vllm.metadata import CalibrationInfo, HeldoutInfo, Mode, ModelInfo, ScoresConfig, ServingInfo
+from cor_vllm.metadata import CalibrationInfo, HeldoutInfo, ModelInfo, ScoresConfig, ServingInfo
+from cor_vllm.modes import MODES, by_size, has_lambda
 from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
 
 DEFAULT_SERVING = ServingInfo()
-SERVED: tuple[Mode, ...] = ("off", "layer", "expert", "full")
 
 
 def assemble(
@@ -114,10 +114,10 @@ def _alternatives(
     mode, lam = serving.mode, serving.lambda_
     found = [
         Alternative(f"--cor-mode {other}", other, lam or DEFAULT_SERVING.lambda_, tables)
-        for other in SERVED
-        if other != mode
+        for other in by_size()
+        if other != mode and not MODES[other].random
     ]
-    if mode in ("full", "expert"):
+    if has_lambda(mode):
         lams = (value for value in SWAP_RATE_LAMBDAS if value < lam)
         found += [Alternative(f"--cor-lambda {value:g}", mode, value, tables) for value in lams]
         other_cei = torch.stack([
@@ -126,7 +126,7 @@ def _alternatives(
         ])  # fmt: skip
         flag = "without --shrink" if options.shrink else "--shrink"
         found.append(Alternative(flag, mode, lam, Tables(tables.k, other_cei)))
-    if mode in ("full", "layer"):
+    if MODES[mode].uses_budget:
         for intensity, values in (("ratio", rki), ("hard", hard)):
             if intensity != options.intensity:
                 other = options.model_copy(update={"intensity": intensity})

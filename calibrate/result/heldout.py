@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 
+from cor_vllm import modes
 from cor_vllm.calibrate.interventions.checks import check_losses
 from cor_vllm.calibrate.interventions.plain import cut, pad, sequence_batches
 from cor_vllm.calibrate.model.forward import batch_losses
 from cor_vllm.calibrate.model.moe_model import MoeModel
-from cor_vllm.calibrate.model.router import Router, Rule
+from cor_vllm.calibrate.model.router import Rule, rule_of
 from cor_vllm.calibrate.result.statistics import mean_and_sem
-from cor_vllm.metadata import HeldoutInfo, LossStat, Mode, ModeLoss
-from cor_vllm.scores import SWAP_RATE_LAMBDAS
+from cor_vllm.metadata import HeldoutInfo, LossStat, ModeLoss
+from cor_vllm.modes import MODES, SWAP_RATE_LAMBDAS, Setting, by_size, has_lambda, plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,34 +25,20 @@ class Tables:
     cei: torch.Tensor  # [M, N] float32, normalised
 
 
-def rules(model: MoeModel, tables: Tables, mode: Mode, lam: float, seed: int) -> dict[int, Rule]:
-    """The routing of a mode (method.md, "Modes"): MoE layer number → rule.
+def rules(model: MoeModel, tables: Tables, mode: str, lam: float, seed: int) -> dict[int, Rule]:
+    """The routing of a mode, by the number of the MoE layer (0 to M−1).
 
     Args:
         model: the model.
         tables: k_l and CEI.
-        mode: one of the serving modes.
+        mode: a name of modes.MODES.
         lam: λ of Eq. 9.
-        seed: of `random`, whose scores are drawn anew for every token and expert.
+        seed: of a mode whose score is drawn.
     """
 
-    def rule(layer: int) -> Rule:
-        router = model.routers[layer]
-        top_k = tables.k[layer] if mode in ("full", "layer", "random") else router.top_k
-        if mode == "random":
-            generator = torch.Generator().manual_seed(seed + layer)
-            return lambda logits: _random(router, logits, top_k, generator)
-        bias = lam * tables.cei[layer].to(model.device) if mode in ("full", "expert") else None
-        return lambda logits: router.route(logits, bias, top_k)
-
-    return {layer: rule(layer) for layer in range(model.num_layers)}
-
-
-def _random(
-    router: Router, router_logits: torch.Tensor, top_k: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = torch.rand(router_logits.shape, generator=generator).to(router_logits.device)
-    return router.select(router.probabilities(router_logits), scores, top_k)
+    setting = Setting(mode=mode, lambda_=lam, seed=seed)
+    layers = plan(setting, modes.Tables(model.layer_index, model.top_k, tables.k, tables.cei))
+    return {number: rule_of(model.routers[number], layer) for number, layer in enumerate(layers)}
 
 
 def position_losses(
@@ -77,7 +64,7 @@ def check(
     hard_percentile: float,
     seed: int,
 ) -> HeldoutInfo:
-    """Mean loss under stock, layer, expert, full and random routing, each against stock, paired.
+    """Mean loss under stock routing and every mode that changes it, each against stock, paired.
 
     Hard are the positions above the percentile of the held-out positions' own stock losses, or all where none
     is. Standard errors take positions as independent.
@@ -87,15 +74,15 @@ def check(
         lam: λ of `expert` and `full`; recorded.
         hard_percentile: 0 to 100.
     """
-    modes: list[Mode] = ["layer", "expert", "full", "random"]
-    routings = [rules(model, tables, mode, lam, seed) for mode in modes]
+    names = [mode for mode in by_size() if not MODES[mode].is_stock]
+    routings = [rules(model, tables, mode, lam, seed) for mode in names]
     stock, *others = position_losses(model, sequences, [{}, *routings])
     hard = stock > torch.quantile(stock.double(), hard_percentile / 100)
     if not hard.any():  # a single position, or all alike
         hard = torch.ones_like(hard)
     stats = {
         name: _mode_loss(losses, stock, hard)
-        for name, losses in zip(["stock", *modes], [stock, *others], strict=True)
+        for name, losses in zip(["stock", *names], [stock, *others], strict=True)
     }
     return HeldoutInfo(positions=len(stock), hard_positions=int(hard.sum()), modes=stats, **{"lambda": lam})
 
@@ -105,7 +92,7 @@ class Alternative:
     """A setting that the user could have asked for, and the flags that ask for it."""
 
     flags: str
-    mode: Mode
+    mode: str
     lam: float
     tables: Tables
 
@@ -142,7 +129,7 @@ def _stat(losses: torch.Tensor, stock: torch.Tensor) -> LossStat:
 class Candidate:
     """One serving setting and its loss against stock on the tuning half."""
 
-    mode: Mode
+    mode: str
     lam: float
     difference: float  # nats
     sem: float
@@ -168,8 +155,8 @@ def tune(
     return min(candidates, key=lambda candidate: candidate.difference), candidates
 
 
-def _settings() -> Iterable[tuple[Mode, float]]:
-    yield "layer", 0.0
+def _settings() -> Iterable[tuple[str, float]]:
+    tried = [mode for mode in by_size() if not (MODES[mode].random or MODES[mode].is_stock)]
+    yield from ((mode, 0.0) for mode in tried if not has_lambda(mode))
     for lam in SWAP_RATE_LAMBDAS:
-        yield "expert", lam
-        yield "full", lam
+        yield from ((mode, lam) for mode in tried if has_lambda(mode))

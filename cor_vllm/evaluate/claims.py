@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from cor_vllm.errors import invalid
 from cor_vllm.evaluate.benchmarks import EvaluationError
 from cor_vllm.live.state import State
+from cor_vllm.modes import MODES
 from cor_vllm.scores import Scores
-from cor_vllm.serve.config import WITHOUT_LAMBDA, CorConfig, plan
+from cor_vllm.serve.config import RoutingOptions, plan
 
 CLOSE = 1e-6  # of two λ, relative: they went through text
 
@@ -55,7 +56,7 @@ def described(state: State | None) -> str:
         parts.append(f"swap rate {state.swap_rate:g}")
     if state.weights != "router":
         parts.append(f"weights {state.weights}")
-    if state.mode == "random":
+    if state.mode in MODES and MODES[state.mode].random:
         parts.append(f"seed {state.seed}")
     parts.append(f"Σ k_l {state.budget}")
     parts.append(f"scores {state.scores_sha256[:12]}")
@@ -88,7 +89,7 @@ def differences(claim: Claim, state: State | None) -> list[str]:
         return [] if state is None else ["the row stands for a server without the plugin's routing"]
     if state is None:
         return ["the row stands for counterfactual routing, which the server has not"]
-    config = CorConfig.of({"scores": "-", **claim.options})
+    config = RoutingOptions.of(claim.options)
     if claim.scores is not None:
         config = config.resolved(claim.scores.config.serving)
     found = [
@@ -99,19 +100,19 @@ def differences(claim: Claim, state: State | None) -> list[str]:
     return found or ([] if claim.scores is None else _layers(config, claim.scores, state))
 
 
-def _wanted(config: CorConfig, claim: Claim, state: State) -> list[tuple[str, object, object]]:
+def _wanted(config: RoutingOptions, claim: Claim, state: State) -> list[tuple[str, object, object]]:
     """(what, the claim's value, the state's), of everything that the claim fixes."""
     rows: list[tuple[str, object, object]] = [
         ("the mode", "static_k" if config.static_k is not None else config.mode, state.mode),
         ("static k", config.static_k, state.static_k),
         ("what weighs the experts", config.weights, state.weights),
     ]
-    if config.mode not in WITHOUT_LAMBDA and (config.lambda_ is not None or config.swap_rate is not None):
+    if config.lambda_ is not None or config.swap_rate is not None:
         rows.append(("λ", config.lambda_, state.lambda_))
         rows.append(("the swap rate", config.swap_rate, state.swap_rate))
     elif config.static_k is None:
         rows.append(("the swap rate", None, state.swap_rate))
-    if config.mode == "random":
+    if config.mode is not None and MODES[config.mode].random:
         rows.append(("the seed", config.seed, state.seed))
     if claim.sha256 is not None:
         rows.append(("the scores file", claim.sha256[:12], state.scores_sha256[:12]))
@@ -124,7 +125,7 @@ def _same(ours: object, theirs: object) -> bool:
     return ours == theirs
 
 
-def _layers(config: CorConfig, scores: Scores, state: State) -> list[str]:
+def _layers(config: RoutingOptions, scores: Scores, state: State) -> list[str]:
     """The first MoE layer whose k or λ is not the file's."""
     planned = plan(config, scores)
     said = {layer.layer: layer for layer in state.layers}

@@ -21,7 +21,7 @@ from cor_vllm.evaluate.conditions import Condition, Sources
 from cor_vllm.evaluate.harness import engine_model, quiet
 from cor_vllm.evaluate.options import EvaluateOptions, read_sources, scores_path
 from cor_vllm.live.state import combine
-from cor_vllm.serve.config import CorConfig, disabled, plan
+from cor_vllm.serve.config import RoutingOptions, disabled, plan
 
 
 def check_enabled(conditions: list[Condition]) -> None:
@@ -152,5 +152,5 @@ def _activations(condition: Condition, sources: Sources) -> float:
     scores = sources.scores[condition.source]
     if condition.options is None:
         return float(scores.config.model.top_k * scores.num_layers)
-    config = CorConfig.of({"scores": "-", **condition.options}).resolved(scores.config.serving)
+    config = RoutingOptions.of(condition.options).resolved(scores.config.serving)
     return float(sum(layer.top_k for layer in plan(config, scores).values()))

@@ -23,7 +23,7 @@ from cor_vllm.evaluate.servers import (
     look,
 )
 from cor_vllm.evaluate.verdict import check_same_prompts
-from cor_vllm.serve.config import CorConfig, doubts
+from cor_vllm.serve.config import RoutingOptions, doubts
 
 
 def evaluate(
@@ -74,7 +74,7 @@ def _doubts(wanted: Sequence[Condition], sources: Sources) -> list[str]:
     for row in wanted:
         if row.options is not None:
             scores = sources.scores[row.source]
-            config = CorConfig.of({"scores": "-", **row.options}).resolved(scores.config.serving)
+            config = RoutingOptions.of(row.options).resolved(scores.config.serving)
             lines += doubts(config, scores)
     return list(dict.fromkeys(lines))
 

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from cor_vllm.calibrate.model.moe_model import MoeModel
-from cor_vllm.calibrate.model.router import Router, Rule
+from cor_vllm.calibrate.model.router import Router, Rule, rule_of
 from cor_vllm.kernels import reference
+from cor_vllm.modes import LayerRouting
 from cor_vllm.scores import Scores
-from cor_vllm.serve.config import CorConfig, LayerRouting, plan
+from cor_vllm.serve.config import RoutingOptions, plan
 
 GATE_QUANTILE = 0.5  # the bias counts where the entropy is above this quantile of running text
 
@@ -66,55 +67,30 @@ def routed(
     """
     if options is None:
         return RoutedCondition({}, sum(router.top_k for router in model.routers))
-    config = CorConfig.of({"scores": "-", **options}).resolved(scores.config.serving)
-    layers = list(plan(config, scores).values())
+    layers = list(plan(RoutingOptions.of(options), scores).values())
     if len(layers) != model.num_layers:
         raise ValueError(f"scores of {len(layers)} MoE layers for a model of {model.num_layers}")
     slots = Slots()
     rules = {
-        i: _counted(_rule(model.routers[i], layer, config, seed, thresholds[i] if thresholds else None),
-                    model.routers[i], slots)
-        for i, layer in enumerate(layers)
-    }  # fmt: skip
+        i: _counted(_gated(router, layer, thresholds[i] if thresholds else None), router, slots)
+        for i, (router, layer) in enumerate(zip(model.routers, layers, strict=True))
+    }
     return RoutedCondition(rules, sum(layer.top_k for layer in layers), slots)
 
 
-def _rule(router: Router, layer: LayerRouting, config: CorConfig, seed: int, threshold: float | None) -> Rule:
-    if layer.random:
-        generator = torch.Generator().manual_seed(seed + layer.layer_index)
-        return lambda logits: router.select(
-            router.probabilities(logits),
-            torch.rand(logits.shape, generator=generator).to(logits.device),
-            layer.top_k,
-        )
-    if config.weights == "fused":
-        return lambda logits: _fused(router, layer, logits)
-    if layer.bias is None or threshold is None:
-        return lambda logits: router.route(logits, _on(layer.bias, logits), layer.top_k)
+def _gated(router: Router, layer: LayerRouting, threshold: float | None) -> Rule:
+    """The layer's rule, with the bias only for tokens whose router's entropy is above the threshold."""
+    bias = layer.bias
+    if bias is None or threshold is None:
+        return rule_of(router, layer)
 
     def gated(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         probs = router.probabilities(logits)
         uncertain = (entropy(probs) > threshold)[:, None]
-        assert layer.bias is not None, "checked above"
-        bias = router.correction_bias.to(logits.device) + uncertain * layer.bias.to(logits.device)
-        return router.select(probs, probs + bias, layer.top_k)
+        added = router.correction_bias.to(logits.device) + uncertain * bias.to(logits.device)
+        return router.select(probs, probs + added, layer.top_k)
 
     return gated
-
-
-def _on(bias: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor | None:
-    return None if bias is None else bias.to(logits.device)
-
-
-def _fused(router: Router, layer: LayerRouting, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights from the score, renormalised (method.md, option `fused`)."""
-    scores = router.probabilities(logits) + router.correction_bias.to(logits.device)
-    if layer.bias is not None:
-        scores = scores + layer.bias.to(logits.device)
-    return reference.select(
-        scores, scores, layer.top_k, True, router.scale,
-        num_expert_group=router.num_expert_group, topk_group=router.topk_group,
-    )  # fmt: skip
 
 
 def _counted(rule: Rule, router: Router, slots: Slots) -> Rule:

@@ -13,20 +13,24 @@ from cor_vllm.evaluate.pipeline import evaluate
 from cor_vllm.evaluate.report import render, silent, warnings
 from cor_vllm.evaluate.runs import Column, Run
 from cor_vllm.evaluate.statistics import mean
+from cor_vllm.modes import MODES, by_size
 
 
 def grid_conditions(grid: Sequence[float]) -> list[Condition]:
-    """What is tried: stock routing twice, layer, and expert and full at each λ."""
+    """What is tried: stock routing twice, and every mode that is not random, at each λ if it has one."""
     rows = [
         Condition(STANDARD, "the model's own routing, no plugin"),
         Condition(AGAIN, "the same once more: the noise of the measurement itself"),
-        Condition("layer", "k_l alone", {"mode": "layer"}),
     ]
-    for mode in ("expert", "full"):
-        rows += [
-            Condition(f"{mode}-lambda{lam}", f"{mode} at λ = {lam}", {"mode": mode, "lambda": lam})
-            for lam in grid
-        ]
+    for name in by_size():
+        mode = MODES[name]
+        if mode.has_lambda:
+            rows += [
+                Condition(f"{name}-lambda{lam}", f"{name} at λ = {lam}", {"mode": name, "lambda": lam})
+                for lam in grid
+            ]
+        elif not (mode.random or mode.is_stock):
+            rows.append(Condition(name, mode.description, {"mode": name}))
     return rows
 
 

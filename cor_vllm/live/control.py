@@ -8,7 +8,6 @@ import functools
 from typing import Any
 
 from cor_vllm import __version__
-from cor_vllm.metadata import Mode
 from cor_vllm.scores import ScoresError
 from cor_vllm.serve.config import ConfigError, CorConfig
 from cor_vllm.serve.process import config_of, doubts_of, layers_of, scores_of
@@ -130,7 +129,7 @@ def core_counts(core: Any) -> dict[int, list[int]]:
     return merged
 
 
-def core_check(core: Any, lambda_: float | None, mode: Mode | None) -> str:
+def core_check(core: Any, lambda_: float | None, mode: str | None) -> str:
     """Why this engine cannot change λ and mode so; empty where it can. None stays as it is."""
     if core.model_executor.is_sleeping:
         return "the engine sleeps and its buffers are not in memory: wake it up first"
@@ -149,7 +148,7 @@ def core_check(core: Any, lambda_: float | None, mode: Mode | None) -> str:
     return next(filter(None, answers), "")
 
 
-def core_change(core: Any, lambda_: float | None, mode: Mode | None) -> str:
+def core_change(core: Any, lambda_: float | None, mode: str | None) -> str:
     """Change λ and mode between two steps: on all workers, or, with the reason returned, on none.
 
     Requests that are running keep the tokens that they have and are computed again under the new routing, as

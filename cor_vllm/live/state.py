@@ -5,8 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cor_vllm.errors import CorError, invalid, one_line
-from cor_vllm.metadata import Mode
-from cor_vllm.serve.config import WITHOUT_LAMBDA
+from cor_vllm.modes import ModeName, has_lambda
 
 
 class ChangeError(CorError):
@@ -23,7 +22,7 @@ class Change(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     lambda_: float | None = Field(default=None, alias="lambda", ge=0)
-    mode: Mode | None = None
+    mode: ModeName | None = None
 
     @model_validator(mode="after")
     def _means_something(self) -> "Change":
@@ -31,7 +30,7 @@ class Change(BaseModel):
             raise ValueError("null changes nothing: leave the field out")
         if not self.model_fields_set:
             raise ValueError('give "lambda", "mode" or both')
-        if self.lambda_ is not None and self.mode in WITHOUT_LAMBDA:
+        if self.lambda_ is not None and self.mode is not None and not has_lambda(self.mode):
             raise ValueError(f"mode {self.mode!r} has no λ: leave out one of them")
         return self
 
@@ -115,7 +114,6 @@ def combine(engines: list[list[dict[str, Any]]]) -> State:
                 )
     options = first["options"]
     mode = options["mode"] or "static_k"
-    has_lambda = mode not in (*WITHOUT_LAMBDA, "static_k")
     return State.model_validate(
         {
             **options,
@@ -123,8 +121,8 @@ def combine(engines: list[list[dict[str, Any]]]) -> State:
             "scores_sha256": options["sha256"],
             "fingerprint": first["fingerprint"],
             "mode": mode,
-            "lambda": options["lambda"] if has_lambda else None,
-            "swap_rate": options["swap_rate"] if has_lambda else None,
+            "lambda": options["lambda"] if has_lambda(mode) else None,
+            "swap_rate": options["swap_rate"] if has_lambda(mode) else None,
             "model_top_k": first["model_top_k"],
             "budget": sum(layer["k"] for layer in layers.values()),
             "model_budget": len(layers) * first["model_top_k"],

@@ -6,8 +6,7 @@ import logging
 import multiprocessing
 from typing import Any, get_args
 
-from cor_vllm.metadata import Mode
-from cor_vllm.serve.config import ConfigError, Weights
+from cor_vllm.modes import MODES, ConfigError, Weights
 
 logger = logging.getLogger("vllm.cor")  # below vLLM's own, whose level and format it takes on
 
@@ -49,10 +48,9 @@ def add(parser: Any) -> Any:
     )
     group.add_argument(
         "--cor-mode",
-        choices=get_args(Mode),
-        help="full: k per layer and causal scores; layer: k per layer only; expert: causal scores only; "
-        "random: k per layer, random experts (a control); off: the model's own routing through the "
-        "plugin. Default: the scores file's, full.",
+        choices=tuple(MODES),
+        help="; ".join(f"{name}: {mode.description}" for name, mode in MODES.items())
+        + ". Default: the scores file's, which is full unless it was calibrated with --tune.",
     )
     group.add_argument(
         "--cor-static-k",

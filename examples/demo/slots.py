@@ -7,9 +7,10 @@ from transformers import AutoTokenizer
 
 from cor_vllm.calibrate.model.loading import load_model
 from cor_vllm.calibrate.model.moe_model import MoeModel
-from cor_vllm.calibrate.model.router import Router, Rule
+from cor_vllm.calibrate.model.router import rule_of
+from cor_vllm.modes import LayerRouting
 from cor_vllm.scores import Scores
-from cor_vllm.serve.config import CorConfig, LayerRouting, plan
+from cor_vllm.serve.config import RoutingOptions, plan
 
 
 def share_changed(model: Path, scores: Scores, texts: list[str]) -> list[float]:
@@ -24,12 +25,12 @@ def share_changed(model: Path, scores: Scores, texts: list[str]) -> list[float]:
         texts: what is routed; every token counts once.
     """
     moe, tokenizer = load_model(model, dtype="float32", device="cpu"), AutoTokenizer.from_pretrained(model)
-    layers = list(plan(CorConfig(scores="demo"), scores).values())
+    layers = list(plan(RoutingOptions(), scores).values())
     changed = torch.zeros(len(layers), dtype=torch.long)
     slots = torch.zeros_like(changed)
     for text in texts:
         ids = torch.tensor([tokenizer(text).input_ids])
-        stock = _selected(moe, ids, [LayerRouting(i, moe.top_k, None, False) for i in moe.layer_index])
+        stock = _selected(moe, ids, [LayerRouting(i, moe.top_k) for i in moe.layer_index])
         routed = _selected(moe, ids, layers)
         for number, (before, after) in enumerate(zip(stock, routed, strict=True)):
             changed[number] += int((after & ~before).sum())
@@ -39,11 +40,7 @@ def share_changed(model: Path, scores: Scores, texts: list[str]) -> list[float]:
 
 def _selected(moe: MoeModel, ids: torch.Tensor, layers: list[LayerRouting]) -> list[torch.Tensor]:
     """Per layer, which experts each token has: [T, N] bool."""
-
-    def rule(router: Router, layer: LayerRouting) -> Rule:
-        return lambda logits: router.route(logits, layer.bias, layer.top_k)
-
-    rules = [rule(router, layer) for router, layer in zip(moe.routers, layers, strict=True)]
+    rules = [rule_of(router, layer) for router, layer in zip(moe.routers, layers, strict=True)]
 
     with (
         moe.routing(dict(enumerate(rules))),
