@@ -1,8 +1,8 @@
 """The JSON half of a scores file: what was calibrated, how, and what its own check said."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from cor_vllm.modes import ModeName
 
@@ -45,8 +45,26 @@ class ModelInfo(_Section):
     routers: list[RouterInfo] | None = None  # by layer; files of the first version have none
 
 
-class CalibrationInfo(_Section):
-    """Where the numbers come from; every option of `cor-vllm calibrate` is an extra key here."""
+class _Optional(_Section):
+    """A section with keys that only some files have: a field that was never set is not written."""
+
+    @model_serializer(mode="wrap")
+    def _as_set(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        unset = fields.keys() - self.model_fields_set
+        names = unset | {fields[name].alias for name in unset}
+        return {name: value for name, value in write(self).items() if name not in names}
+
+
+class MarginalInfo(_Section):
+    """What one expert less and one more does to a layer: mean loss change and its standard error, nats."""
+
+    fewer: tuple[float, float] | None
+    more: tuple[float, float] | None
+
+
+class CalibrationInfo(_Optional):
+    """Where the numbers come from: text, strata, the options of `cor-vllm calibrate`, and their precision."""
 
     corpus: str
     corpus_sha256: Sha256
@@ -56,6 +74,40 @@ class CalibrationInfo(_Section):
     num_easy: int = Field(ge=0)
     tau_high: float  # nats
     tau_low: float  # nats
+    # The options, by their names on the command line; files are named without their folders.
+    answers: str | None = None
+    token_ids: str | None = None
+    positions: str | None = None
+    num_tokens: int | None = None
+    seq_len: int | None = None
+    hard_percentile: float | None = None
+    easy_percentile: float | None = None
+    delta: float | None = None
+    epsilon: float | None = None  # nats
+    ablation: str | None = None
+    scope: str | None = None
+    perturb_scope: str | None = None
+    perturb_target: str | None = None
+    algorithm: str | None = None
+    intensity: str | None = None
+    budget: str | None = None
+    k_min: int | None = None
+    k_max: int | None = None
+    heldout_tokens: int | None = None
+    tune: bool | None = None
+    shrink: bool | None = None
+    dtype: str | None = None
+    device: str | None = None
+    max_memory: int | None = None  # bytes
+    # What the numbers are worth.
+    heldout_corpus: str | None = None
+    mean_loss: float | None = None  # nats, of all positions
+    sensitivity_hard_sem: list[float] | None = None  # [M] standard errors, nats
+    sensitivity_easy_sem: list[float] | None = None  # [M], likewise
+    rki_interval: list[tuple[float, float]] | None = None  # [M] 95 % intervals of R_l
+    cei_split_half: float | None = None  # correlation of CEI from two halves of the hard positions
+    cei_split_half_rank: float | None = None  # the same of ranks within layers
+    marginal: list[MarginalInfo] | None = None  # [M], of `--intensity marginal`
 
 
 class BudgetInfo(_Section):
@@ -81,12 +133,39 @@ class ModeLoss(_Section):
     hard: LossStat
 
 
-class HeldoutInfo(_Section):
+class Trial(_Section):
+    """One setting that `--tune` tried: its loss minus stock routing's on the tuning half, nats."""
+
+    mode: str
+    lambda_: float = Field(alias="lambda")
+    difference: float
+    sem: float = Field(ge=0)
+
+
+class TuningInfo(_Section):
+    """What `--tune` tried, and on how many positions."""
+
+    positions: int
+    trials: list[Trial]
+
+
+class AlternativeInfo(_Section):
+    """A setting one flag away: its loss minus that of the file's own setting, paired, nats."""
+
+    flags: str
+    difference: float
+    sem: float = Field(ge=0)
+
+
+class HeldoutInfo(_Optional):
     """Loss on positions that calibration did not use, by routing mode (`stock` is the untouched model)."""
 
     positions: int = Field(ge=1)
     hard_positions: int = Field(ge=0)
     modes: dict[str, ModeLoss]
+    lambda_: float | None = Field(default=None, alias="lambda")  # of the modes that have one
+    tuning: TuningInfo | None = None
+    alternatives: list[AlternativeInfo] = []
 
     def harm(self, mode: str) -> str | None:
         """One line where `mode` raised the loss by more than HARM_ERRORS standard errors, else None."""

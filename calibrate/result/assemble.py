@@ -16,7 +16,16 @@ from cor_vllm.calibrate.result.allocation import budget
 from cor_vllm.calibrate.result.heldout import Alternative, Tables, check, compare, tune
 from cor_vllm.calibrate.text.inputs import Inputs
 from cor_vllm.calibrate.text.stratify import Strata
-from cor_vllm.metadata import CalibrationInfo, HeldoutInfo, ModelInfo, ScoresConfig, ServingInfo
+from cor_vllm.metadata import (
+    CalibrationInfo,
+    HeldoutInfo,
+    MarginalInfo,
+    ModelInfo,
+    ScoresConfig,
+    ServingInfo,
+    Trial,
+    TuningInfo,
+)
 from cor_vllm.modes import MODES, by_size, has_lambda
 from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
 
@@ -159,7 +168,7 @@ def _details(
     }
     if options.intensity == "marginal":
         details["marginal"] = [
-            {"fewer": _estimate(layer.fewer), "more": _estimate(layer.more)} for layer in measured
+            MarginalInfo(fewer=_estimate(layer.fewer), more=_estimate(layer.more)) for layer in measured
         ]
     return details
 
@@ -199,8 +208,9 @@ def _judge(
     # Where tuning found no λ worth using, the report still shows what the default would have done.
     lam = best.lam or DEFAULT_SERVING.lambda_
     report = check(model, inputs.heldout, tables, lam, options.hard_percentile, options.seed)
-    trials = [{"mode": c.mode, "lambda": c.lam, "difference": c.difference, "sem": c.sem} for c in candidates]
-    tuned = report.model_copy(update={"tuning": {"positions": _positions(inputs.tuning), "trials": trials}})
+    trials = [Trial(mode=c.mode, difference=c.difference, sem=c.sem, **{"lambda": c.lam}) for c in candidates]
+    tuning = TuningInfo(positions=_positions(inputs.tuning), trials=trials)
+    tuned = report.model_copy(update={"tuning": tuning})
     return tuned, ServingInfo.model_validate({"lambda": best.lam, "mode": best.mode})
 
 

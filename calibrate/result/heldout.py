@@ -13,7 +13,7 @@ from cor_vllm.calibrate.model.forward import batch_losses
 from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.model.router import Rule, rule_of
 from cor_vllm.calibrate.result.statistics import mean_and_sem
-from cor_vllm.metadata import HeldoutInfo, LossStat, ModeLoss
+from cor_vllm.metadata import AlternativeInfo, HeldoutInfo, LossStat, ModeLoss
 from cor_vllm.modes import MODES, SWAP_RATE_LAMBDAS, Setting, by_size, has_lambda, plan
 
 
@@ -84,7 +84,8 @@ def check(
         name: _mode_loss(losses, stock, hard)
         for name, losses in zip(["stock", *names], [stock, *others], strict=True)
     }
-    return HeldoutInfo(positions=len(stock), hard_positions=int(hard.sum()), modes=stats, **{"lambda": lam})
+    named: dict[str, Any] = {"lambda": lam}  # a word of Python's own
+    return HeldoutInfo(positions=len(stock), hard_positions=int(hard.sum()), modes=stats, **named)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +104,7 @@ def compare(
     chosen: Alternative,
     others: Sequence[Alternative],
     seed: int,
-) -> list[dict[str, Any]]:
+) -> list[AlternativeInfo]:
     """Loss of each alternative minus that of the chosen setting: paired mean and standard error, nats."""
     routings = [
         rules(model, setting.tables, setting.mode, setting.lam, seed) for setting in (chosen, *others)
@@ -112,7 +113,7 @@ def compare(
     trials = []
     for other, values in zip(others, losses, strict=True):
         difference, sem = mean_and_sem(values - own)
-        trials.append({"flags": other.flags, "difference": difference, "sem": sem})
+        trials.append(AlternativeInfo(flags=other.flags, difference=difference, sem=sem))
     return trials
 
 

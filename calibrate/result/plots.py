@@ -67,7 +67,7 @@ def budget_figure(scores: Scores) -> Figure:
     figure = Figure(figsize=(max(6.0, 2 + 0.2 * scores.num_layers), 5.5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     x, rki = scores.layer_index.tolist(), scores.rki.tolist()
-    intervals = (scores.config.calibration.model_extra or {}).get("rki_interval")
+    intervals = scores.config.calibration.rki_interval
     if intervals:
         upper.vlines(
             x, *zip(*intervals, strict=True), color=GREY, linewidth=1, label="95 % bootstrap interval"
@@ -148,7 +148,7 @@ def coverage_figure(scores: Scores) -> Figure:
     axes.set_ylabel("decoder layer")
     never = int((scores.cei_count == 0).sum())
     title = f"{scores.config.model.name}: coverage; {never} of {counts.numel()} experts never active"
-    rank = (scores.config.calibration.model_extra or {}).get("cei_split_half_rank")
+    rank = scores.config.calibration.cei_split_half_rank
     if rank is not None:
         title += f"\nrank correlation of CEI from two halves of the hard positions: {rank:.2f}"
     axes.set_title(title)

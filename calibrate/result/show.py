@@ -36,16 +36,16 @@ def warnings(scores: Scores) -> list[str]:
     config, lines = scores.config, []
     if config.heldout and (harm := config.heldout.harm(config.serving.mode)):
         lines.append(harm)
-    details = config.calibration.model_extra or {}
-    sems = details.get("sensitivity_easy_sem")
-    if sems and details.get("intensity") == "ratio":
+    calibration = config.calibration
+    sems = calibration.sensitivity_easy_sem
+    if sems and calibration.intensity == "ratio":
         unclear = (scores.sensitivity_easy.abs() <= SIGNIFICANT * torch.tensor(sems)).sum().item()
         if unclear:
             lines.append(
                 f"S(easy) is not distinguishable from zero in {unclear} of {scores.num_layers} layers, so "
                 "R_l is mostly noise there; --intensity hard or marginal is steadier"
             )
-    correlation = details.get("cei_split_half")
+    correlation = calibration.cei_split_half
     if correlation is not None and full_reliability(correlation) < RELIABLE:
         lines.append(f"too few hard positions for CEI: {reliability(scores)}")
     return lines
@@ -54,8 +54,7 @@ def warnings(scores: Scores) -> list[str]:
 def reliability(scores: Scores) -> str:
     """One sentence on how well the hard positions determine CEI, and how many would do; "" if not known."""
     calibration = scores.config.calibration
-    details = calibration.model_extra or {}
-    correlation, rank = details.get("cei_split_half"), details.get("cei_split_half_rank")
+    correlation, rank = calibration.cei_split_half, calibration.cei_split_half_rank
     if correlation is None:
         return ""
     ranks = f" (ranks within layers: {rank:.2f})" if rank is not None else ""
@@ -67,7 +66,7 @@ def reliability(scores: Scores) -> str:
             "times as many"
         )
     found = f"{halves}, so all of them have a reliability of {full_reliability(correlation):.2f}"
-    if details.get("positions"):
+    if calibration.positions:
         return f"{found}; {RELIABLE:g} takes about {_rough(needed)}: name more in --positions"
     tokens = needed * calibration.num_positions / max(calibration.num_hard, 1)
     return f"{found}; {RELIABLE:g} takes about {_rough(needed)}: --num-tokens {_rough(tokens)}"
@@ -81,11 +80,11 @@ def _rough(number: float) -> int:
 def better_flags(scores: Scores) -> list[str]:
     """Settings whose held-out loss was lower than that of the file's own by more than its noise."""
     heldout = scores.config.heldout
-    trials = (heldout.model_extra or {}).get("alternatives", []) if heldout else []
+    trials = heldout.alternatives if heldout else []
     return [
-        f"{trial['flags']} ({trial['difference']:+.4f} ± {trial['sem']:.4f} nats)"
-        for trial in sorted(trials, key=lambda trial: trial["difference"])
-        if trial["difference"] < -SIGNIFICANT * trial["sem"]
+        f"{trial.flags} ({trial.difference:+.4f} ± {trial.sem:.4f} nats)"
+        for trial in sorted(trials, key=lambda trial: trial.difference)
+        if trial.difference < -SIGNIFICANT * trial.sem
     ]
 
 
@@ -93,7 +92,7 @@ def as_json(scores: Scores) -> str:
     """Everything that the table shows and the whole `config`, for machines."""
     layers = []
     asleep = dormant(scores)
-    intervals = (scores.config.calibration.model_extra or {}).get("rki_interval")
+    intervals = scores.config.calibration.rki_interval
     for m in range(scores.num_layers):
         layers.append({
             "layer": scores.layer_index[m].item(),
@@ -150,7 +149,7 @@ def _layer_table(scores: Scores) -> Table:
     for column in table.columns[:4]:
         column.justify = "right"
     asleep = dormant(scores)
-    intervals = (scores.config.calibration.model_extra or {}).get("rki_interval")
+    intervals = scores.config.calibration.rki_interval
     for m in range(scores.num_layers):
         raw = scores.cei_raw[m]
         ids = asleep[m].nonzero().flatten().tolist()
@@ -167,7 +166,7 @@ def _layer_table(scores: Scores) -> Table:
 
 
 def _heldout_table(heldout: HeldoutInfo) -> Table:
-    lam = (heldout.model_extra or {}).get("lambda")
+    lam = heldout.lambda_
     title = f"held-out loss, nats: {heldout.positions} positions, {heldout.hard_positions} hard"
     table = Table(
         "mode", "all", "− stock", "hard", "− stock", title=f"{title}, λ = {lam:g}" if lam else title

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cor_vllm.commands import lifetime
+from cor_vllm.errors import CorError
 
 START_SECONDS = 300
 
 
-class ServerFailed(RuntimeError):
+class ServerFailed(CorError):
     """The server ended, or was not ready in time; the message holds the last error line of its log."""
 
 

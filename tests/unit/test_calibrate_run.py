@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 from rich.console import Console
 
 from cor_vllm import scores as scores_file
@@ -137,8 +138,8 @@ def test_alternatives_are_what_their_flags_give(result: Path, checkpoint: Path, 
     """Each setting's difference again from a file calibrated with its flag, or from the modes' own means."""
     scores = scores_file.load(result)
     heldout = scores.config.heldout
-    assert heldout is not None and heldout.model_extra is not None
-    trials = {trial["flags"]: trial["difference"] for trial in heldout.model_extra["alternatives"]}
+    assert heldout is not None
+    trials = {trial.flags: trial.difference for trial in heldout.alternatives}
     assert set(trials) == {
         "--cor-mode off", "--cor-mode layer", "--cor-mode expert", "--cor-lambda 0.01", "--cor-lambda 0.02",
         "--cor-lambda 0.05", "--shrink", "--intensity ratio", "--intensity hard",
@@ -157,6 +158,25 @@ def test_alternatives_are_what_their_flags_give(result: Path, checkpoint: Path, 
         assert trials[flag] == pytest.approx(other.modes["full"].all.mean - full, abs=1e-5)
 
 
+@pytest.mark.parametrize("intensity", ["marginal", "ratio"])
+def test_every_key_that_a_file_is_given_is_declared(checkpoint: Path, tmp_path: Path, intensity: str) -> None:
+    made = options(checkpoint, tmp_path / "s", tune=True, intensity=intensity)
+    written = calibrate(made, QUIET).config
+    read = scores_file.load(tmp_path / "s").config
+    assert read == written
+    sections = [read]
+    for section in sections:
+        assert not section.model_extra, type(section).__name__
+        values = [getattr(section, name) for name in type(section).model_fields]
+        values += [each for value in values if isinstance(value, list) for each in value]
+        values += [each for value in values if isinstance(value, dict) for each in value.values()]
+        sections += [value for value in values if isinstance(value, BaseModel)]
+    assert len({type(section) for section in sections}) > 10
+    recorded = made.record().keys()
+    assert recorded <= read.calibration.model_fields_set
+    assert ("marginal" in read.model_dump()["calibration"]) == (intensity == "marginal")
+
+
 def test_no_heldout_check_on_request(checkpoint: Path, tmp_path: Path) -> None:
     scores = calibrate(options(checkpoint, tmp_path / "s", heldout_tokens=0), QUIET)
     assert scores.config.heldout is None
@@ -165,10 +185,9 @@ def test_no_heldout_check_on_request(checkpoint: Path, tmp_path: Path) -> None:
 def test_tune_takes_the_best_setting_and_reports_on_the_other_half(checkpoint: Path, tmp_path: Path) -> None:
     scores = calibrate(options(checkpoint, tmp_path / "s", tune=True), QUIET)
     heldout = scores.config.heldout
-    assert heldout is not None and heldout.model_extra is not None
-    tuning = heldout.model_extra["tuning"]
-    trials = {(trial["mode"], trial["lambda"]): trial["difference"] for trial in tuning["trials"]}
-    assert (heldout.positions, tuning["positions"]) == (20, 20)
+    assert heldout is not None and heldout.tuning is not None
+    trials = {(trial.mode, trial.lambda_): trial.difference for trial in heldout.tuning.trials}
+    assert (heldout.positions, heldout.tuning.positions) == (20, 20)
     assert len(trials) == 2 + 2 * len(SWAP_RATE_LAMBDAS) and trials["off", 0.0] == 0.0
     best = min(trials, key=lambda key: trials[key])
     assert (scores.config.serving.mode, scores.config.serving.lambda_) == best
@@ -201,8 +220,9 @@ def test_the_intensity_decides_the_budget(
 def test_marginal_budget(checkpoint: Path, tmp_path: Path) -> None:
     scores = calibrate(options(checkpoint, tmp_path / "s", heldout_tokens=0, intensity="marginal"), QUIET)
     assert scores.k.sum() == scores.config.budget.sum == 4
-    marginal = (scores.config.calibration.model_extra or {})["marginal"]
-    pairs = [(tuple(layer["fewer"]), tuple(layer["more"])) for layer in marginal]
+    marginal = scores.config.calibration.marginal
+    assert marginal is not None
+    pairs = [(layer.fewer, layer.more) for layer in marginal]
     assert scores.k.tolist() == move_units(pairs, 2, 1, 4)  # type: ignore[arg-type]
 
 

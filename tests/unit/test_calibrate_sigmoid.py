@@ -127,5 +127,5 @@ def test_more_experts_than_the_groups_kept_hold_are_not_measured(tmp_path: Path,
     folder = tiny_models.build("deepseek_v3", tmp_path / "m", num_experts_per_tok=ELIGIBLE)
     values = {"intensity": "marginal", "heldout_tokens": 0, "algorithm": algorithm}
     scores = calibrate(options(folder, tmp_path / "s", **values), QUIET)
-    marginal = (scores.config.calibration.model_extra or {})["marginal"]
-    assert all(layer["more"] is None and layer["fewer"] is not None for layer in marginal)
+    marginal = scores.config.calibration.marginal
+    assert marginal and all(layer.more is None and layer.fewer is not None for layer in marginal)

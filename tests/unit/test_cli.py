@@ -165,13 +165,14 @@ def test_only_settings_beyond_noise_are_called_better(result: Path) -> None:
     import dataclasses
 
     from cor_vllm.calibrate.result.show import better_flags
+    from cor_vllm.metadata import AlternativeInfo
 
     scores = scores_file.load(result)
     assert scores.config.heldout
     trials = [
-        {"flags": "--shrink", "difference": -0.02, "sem": 0.011},
-        {"flags": "--cor-mode off", "difference": -0.02, "sem": 0.009},
-        {"flags": "--cor-mode layer", "difference": -0.03, "sem": 0.001},
+        AlternativeInfo(flags="--shrink", difference=-0.02, sem=0.011),
+        AlternativeInfo(flags="--cor-mode off", difference=-0.02, sem=0.009),
+        AlternativeInfo(flags="--cor-mode layer", difference=-0.03, sem=0.001),
     ]
     heldout = scores.config.heldout.model_copy(update={"alternatives": trials})
     scores = dataclasses.replace(scores, config=scores.config.model_copy(update={"heldout": heldout}))
