@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
 from cor_vllm.kernels.dispatch import WARM_UP_TOKENS, cor_topk
-from cor_vllm.kernels.reference import probabilities, select
+from cor_vllm.kernels.reference import probabilities, random_scores, select
 from cor_vllm.serve import observe
 from cor_vllm.serve.compat import AlwaysAsked
 from cor_vllm.serve.config import LayerRouting, Weights
@@ -181,29 +181,3 @@ class CorRouter(AlwaysAsked, BaseRouter):
             return None
         is_padding = get_forward_context().is_padding
         return None if is_padding is None else is_padding[:tokens]
-
-
-def random_scores(router_logits: torch.Tensor, seed: int) -> torch.Tensor:
-    """Uniform scores per token and expert that depend on nothing but the token's own logits and the seed.
-
-    A generator would give other numbers under another batch order, on every tensor-parallel rank, and the
-    same ones at every replay of a CUDA graph. Hashing the logits' bits has none of that.
-
-    Args:
-        router_logits: [T, N], any float dtype.
-        seed: differs by layer.
-
-    Returns:
-        [T, N] float32 in [0, 1).
-    """
-    bits = router_logits.float().contiguous().view(torch.int32).long()
-    experts = torch.arange(1, bits.shape[1] + 1, device=bits.device)
-    token = (_mix(bits + experts * 0x9E3779B97F4A7C1)).sum(dim=1, keepdim=True)
-    return (_mix(_mix(token + seed) + experts * 0x9E3779B97F4A7C1) & 0xFFFFFF).float() / (1 << 24)
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """The finalizer of splitmix64 (Steele et al., 2014) on int64, which wraps around."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)

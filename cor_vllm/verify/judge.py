@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from cor_vllm.kernels.reference import random_scores
 from cor_vllm.scores import Scores
 from cor_vllm.serve.config import CorConfig, plan
 
@@ -184,8 +185,6 @@ def _wanted_scores(record: "LayerRecord", config: CorConfig, scores: Scores, own
     if config.static_k is not None or mode in ("off", "layer"):
         return own
     if mode == "random":
-        from cor_vllm.serve.router import random_scores
-
         assert record.router_logits is not None, "checked by the caller"
         return random_scores(record.router_logits, config.seed + record.layer_index).double().numpy()
     if config.swap_rate is not None:
