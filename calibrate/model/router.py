@@ -109,11 +109,8 @@ class Router:
 def rule_of(router: Router, layer: LayerRouting) -> Rule:
     """What the server does in a layer that is planned so (modes.plan), for a transformers model."""
     if layer.random:
-        generator = torch.Generator().manual_seed(layer.seed)
         return lambda logits: router.select(
-            router.probabilities(logits),
-            torch.rand(logits.shape, generator=generator).to(logits.device),
-            layer.top_k,
+            router.probabilities(logits), reference.random_scores(logits, layer.seed), layer.top_k
         )
     if layer.fused:
         return lambda logits: _fused(router, layer, logits)

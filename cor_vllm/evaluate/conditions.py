@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from cor_vllm.evaluate.benchmarks import EvaluationError
+from cor_vllm.modes import MODES, by_size, has_lambda
 from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
 
 Gate = Literal["router", "output"]
@@ -95,11 +96,10 @@ def modes(biased: dict[str, Any]) -> list[Condition]:
     return [
         Condition(STANDARD, "the model's own routing, no plugin"),
         Condition(AGAIN, "the same once more: the noise of the measurement itself"),
-        Condition("off", "mode off: stock routing through the plugin", {"mode": "off"}),
-        Condition("random", "experts drawn at random, k_l from the file", {"mode": "random"}),
-        Condition("layer", "k_l alone", {"mode": "layer"}),
-        Condition("expert", "λ·CEI alone", {"mode": "expert", **biased}),
-        Condition("full", "k_l and λ·CEI: the paper's method", {"mode": "full", **biased}),
+        *(
+            Condition(name, MODES[name].description, {"mode": name, **(biased if has_lambda(name) else {})})
+            for name in sorted(by_size(), key=lambda name: not MODES[name].random)
+        ),
         Condition(
             "full-fused", "full, weights from the score", {"mode": "full", "weights": "fused", **biased}
         ),

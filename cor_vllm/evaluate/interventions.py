@@ -49,7 +49,7 @@ class Interventions:
         if condition.change is not None:
             scores = condition.change(scores)
         thresholds = self.gates.router if condition.gate == "router" else None
-        found = routed(self.model, scores, condition.options, self.seed, thresholds)
+        found = routed(self.model, scores, condition.options, thresholds)
         with ExitStack() as stack:
             if condition.gate == "output":
                 lm.forward = gated_by_output(

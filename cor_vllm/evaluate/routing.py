@@ -50,7 +50,6 @@ def routed(
     model: MoeModel,
     scores: Scores,
     options: dict[str, Any] | None,
-    seed: int = 0,
     thresholds: Sequence[float] | None = None,
 ) -> RoutedCondition:
     """The rules of a condition.
@@ -59,7 +58,6 @@ def routed(
         model: the model; its MoE layers must be those of the scores.
         scores: the condition's scores.
         options: `additional_config["cor"]` less `scores`; None: the model's own routing.
-        seed: of mode `random`.
         thresholds: per layer, the router's entropy (nats) up to which the bias is left out; None: never.
 
     Raises:
