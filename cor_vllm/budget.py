@@ -10,7 +10,7 @@ def allocate(intensity: Sequence[float], total: int, k_min: int, k_max: int) -> 
 
     Quotas are proportional to max(intensity, 0) and held in [k_min, k_max] by one common scale c,
     quota_l = clip(c·R_l, k_min, k_max) (water-filling); the largest remainders take what rounding down
-    leaves over, ties go to the lower layer. Where no intensity is positive the budget is uniform.
+    leaves over, ties go to the lower layer. If no intensity is positive, the budget is uniform.
 
     Args:
         intensity: R_l of each MoE layer, any finite numbers.
@@ -24,7 +24,7 @@ def allocate(intensity: Sequence[float], total: int, k_min: int, k_max: int) -> 
     Raises:
         ValueError: no such allocation exists, or an intensity is not finite.
 
-    Source: Eq. 8; bounds, exact sum and ties are the choices of method.md, "Budget".
+    Source: Eq. 8; bounds, exact sum and ties are choices of this project, see docs/reference/method.md.
     """
     layers = len(intensity)
     if not all(isfinite(r) for r in intensity):
@@ -90,7 +90,7 @@ def allocate_paper(intensity: Sequence[float], total: int, k_max: int) -> list[i
         k_max: the most experts that a token can have, all of a layer's or those of the groups it keeps.
 
     Returns:
-        k_l in [1, k_max]; uniform where no intensity is positive.
+        k_l in [1, k_max]; uniform if no intensity is positive.
     """
     if not all(isfinite(r) for r in intensity):
         raise ValueError(f"intensity must be finite, got {list(intensity)}")

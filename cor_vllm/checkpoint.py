@@ -34,7 +34,7 @@ class RouterTensors:
 
     layer: int  # decoder layer number
     tensors: dict[str, torch.Tensor]  # weight [N, H], biases [N]; by the names in TENSORS, in that order
-    norm: torch.Tensor | None  # [H], weight of the RMSNorm before the router; None where no file has it
+    norm: torch.Tensor | None  # [H], weight of the RMSNorm before the router; None if no file has it
 
 
 def transformers_files(folder: Path) -> list[Path]:

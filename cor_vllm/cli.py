@@ -13,7 +13,7 @@ from cor_vllm.evaluate.command import add_evaluate, add_tune, run_evaluate, run_
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's own says nothing where its help or a version cannot be written."""
+    """A parser that raises if its help or the version cannot be written; argparse's own says nothing."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         (file or sys.stderr).write(message)

@@ -137,7 +137,7 @@ def _is_cast(ours: TensorInfo, theirs: TensorInfo) -> bool:
 
 
 def _distance(ours: list[float] | None, theirs: list[float] | None) -> float | None:
-    """Of two sketches, relative to the length of the first; None where one is missing."""
+    """The distance of two sketches, relative to the length of the first; None if one is missing."""
     if ours is None or theirs is None:
         return None
     a, b = np.array(ours), np.array(theirs)

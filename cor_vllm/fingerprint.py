@@ -57,7 +57,7 @@ def routers_of(files: Sequence[Path], num_hidden_layers: int) -> Routers:
             count.
 
     Raises:
-        FingerprintError: a file is not readable, or there is no router, or a quantised one.
+        FingerprintError: a file is not readable, has no router, or has a quantised one.
 
     Source: `docs/scores-file.md`, "What ties a file to a model".
     """

@@ -102,8 +102,8 @@ class CalibrationInfo(_Optional):
     # What the numbers are worth.
     heldout_corpus: str | None = None
     mean_loss: float | None = None  # nats, of all positions
-    sensitivity_hard_sem: list[float] | None = None  # [M] standard errors, nats
-    sensitivity_easy_sem: list[float] | None = None  # [M], likewise
+    sensitivity_hard_sem: list[float] | None = None  # [M] standard errors on hard positions, nats
+    sensitivity_easy_sem: list[float] | None = None  # [M] standard errors on easy positions, nats
     rki_interval: list[tuple[float, float]] | None = None  # [M] 95 % intervals of R_l
     cei_split_half: float | None = None  # correlation of CEI from two halves of the hard positions
     cei_split_half_rank: float | None = None  # the same of ranks within layers
@@ -168,7 +168,7 @@ class HeldoutInfo(_Optional):
     alternatives: list[AlternativeInfo] = []
 
     def harm(self, mode: str) -> str | None:
-        """One line where `mode` raised the loss by more than HARM_ERRORS standard errors, else None."""
+        """One line if `mode` raised the loss by more than HARM_ERRORS standard errors, else None."""
         loss = self.modes.get(mode)
         if loss is None or loss.all.difference <= HARM_ERRORS * loss.all.sem:
             return None
@@ -179,14 +179,14 @@ class HeldoutInfo(_Optional):
 
 
 class ServingInfo(_Section):
-    """What the server uses where no flag says otherwise."""
+    """What the server uses unless a flag says otherwise."""
 
     lambda_: float = Field(default=0.1, ge=0, alias="lambda")
     mode: ModeName = "full"
 
 
 class ScoresConfig(_Section):
-    """The `config` object of a scores file (contract.md)."""
+    """The `config` object of a scores file (docs/reference/scores-file.md)."""
 
     model: ModelInfo
     calibration: CalibrationInfo

@@ -36,7 +36,7 @@ class ScoresError(CorError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
-    """A calibration result. M MoE layers, N routed experts; losses in nats (method.md)."""
+    """A calibration result. M MoE layers, N routed experts; losses in nats (docs/reference/method.md)."""
 
     layer_index: torch.Tensor  # [M] int32, decoder layer number, ascending
     k: torch.Tensor  # [M] int32, experts per token of each layer
@@ -96,7 +96,7 @@ def load(path: str | os.PathLike[str]) -> Scores:
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The file's bytes, or a ScoresError where it is no readable regular file of a plausible size."""
+    """The file's bytes, or a ScoresError if it is not a readable regular file of a plausible size."""
     if not os.fspath(path):
         raise ScoresError("the path is empty; give that of a scores file")
     try:

@@ -151,7 +151,7 @@ def _details(
     base: Baseline,
     measured: Sequence[LayerMeasurement],
 ) -> dict[str, Any]:
-    """How far the numbers can be trusted: what `show` prints beside them, recorded under `calibration`."""
+    """How far the numbers can be trusted: what `show` prints next to them, recorded under `calibration`."""
     impacts = [(m.active, m.ablation) for m in measured]
     details: dict[str, Any] = {
         "heldout_corpus": inputs.heldout_corpus if inputs.heldout else None,
@@ -205,7 +205,7 @@ def _judge(
             model, inputs.heldout, tables, lam, options.hard_percentile, options.seed
         ), DEFAULT_SERVING
     best, candidates = tune(model, inputs.tuning, tables, options.seed)
-    # Where tuning found no λ worth using, the report still shows what the default would have done.
+    # If tuning found no λ worth using, the report still shows what the default would have done.
     lam = best.lam or DEFAULT_SERVING.lambda_
     report = check(model, inputs.heldout, tables, lam, options.hard_percentile, options.seed)
     trials = [Trial(mode=c.mode, difference=c.difference, sem=c.sem, **{"lambda": c.lam}) for c in candidates]

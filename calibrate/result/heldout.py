@@ -66,7 +66,7 @@ def check(
 ) -> HeldoutInfo:
     """Mean loss under stock routing and every mode that changes it, each against stock, paired.
 
-    Hard are the positions above the percentile of the held-out positions' own stock losses, or all where none
+    Hard are the positions above the percentile of the held-out positions' own stock losses, or all if none
     is. Standard errors take positions as independent.
 
     Args:

@@ -1,4 +1,4 @@
-"""rich's console, with one way to end where the reader has left."""
+"""rich's console, with one way to end if the reader has left."""
 
 from rich.console import Console
 

@@ -27,7 +27,7 @@ def given(parser: argparse.ArgumentParser, flags: Sequence[str], own: Mapping[st
     Args:
         parser: vLLM's, with the flags of its engine; it keeps no default.
         flags: of the command line, without those that the command itself knows.
-        own: the arguments that the command sets; all of `cor_` where it holds "cor_".
+        own: the arguments that the command sets; every name that starts with `cor_` if it holds "cor_".
 
     Raises:
         FlagError: a flag says otherwise than the command, or the flags cannot be read.

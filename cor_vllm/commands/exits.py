@@ -67,7 +67,7 @@ def run(command: Callable[[], int]) -> int:
         if isinstance(error, SystemExit) and not isinstance(error, Terminated):
             raise
         code, line = _ending(error)
-        # Where the reader is gone or the disk is full, stderr may be gone, too, and nobody is left to tell.
+        # If the reader is gone or the disk is full, stderr may be gone, too, and nobody is left to tell.
         with contextlib.suppress(OSError, ValueError):
             print_traceback(error)
             if line:
@@ -94,7 +94,7 @@ def print_traceback(error: BaseException) -> None:
 
 
 def _flushed(command: Callable[[], int]) -> int:
-    """Run the command and write out what it printed, here, where a full disk still becomes a line."""
+    """Run the command and write out what it printed, while a full disk can still become a line."""
     try:
         code = command()
     except SystemExit:
@@ -119,7 +119,7 @@ def _fails(stream: IO[str] | None) -> bool:
 
 
 def _ending(error: BaseException) -> tuple[int, str]:
-    """Exit code, and the line; empty where nothing is to be said."""
+    """The exit code, and the line to print; the line is empty if there is nothing to say."""
     if isinstance(error, KeyboardInterrupt | Terminated):
         code, how = (
             (TERMINATED, "terminated") if isinstance(error, Terminated) else (INTERRUPTED, "interrupted")

@@ -20,7 +20,7 @@ PATIENCE_SECONDS = 5.0  # between SIGTERM and SIGKILL
 PROC = Path("/proc")
 
 Processes = dict[int, int]
-"""pid → when it was started, in clock ticks: together they name a process for ever."""
+"""pid → when it was started, in clock ticks: together they name a process uniquely."""
 
 _watchers: dict[int, "subprocess.Popen[bytes]"] = {}  # by the pid that they watch, which a fork changes
 
@@ -49,7 +49,7 @@ def end_tree(pid: int) -> None:
 
 
 def tree(pids: Iterable[int]) -> Processes:
-    """These processes and all their descendants, as far as they are alive."""
+    """Those of these processes and of all their descendants that are alive."""
     found: Processes = {}
     waiting = list(pids)
     while waiting:
@@ -80,7 +80,7 @@ def _alive(processes: Processes) -> Processes:
 
 
 def _started(pid: int) -> int | None:
-    """When a process was started, clock ticks since the machine was; None where it has ended."""
+    """When a process was started, clock ticks since the machine was; None if it has ended."""
     try:
         # The name, in brackets, may hold anything.
         fields = (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()

@@ -13,7 +13,7 @@ from cor_vllm.modes import LayerRouting
 from cor_vllm.scores import Scores
 from cor_vllm.serve.config import RoutingOptions, plan
 
-GATE_QUANTILE = 0.5  # the bias counts where the entropy is above this quantile of running text
+GATE_QUANTILE = 0.5  # the bias counts if the entropy is above this quantile of running text
 
 
 @dataclass
@@ -136,9 +136,9 @@ Call = Callable[[torch.Tensor], torch.Tensor]
 
 
 def gated_by_output(model: MoeModel, rules: Mapping[int, Rule], threshold: float, call: Call) -> Call:
-    """A forward whose routing is replaced only where the model's own output entropy exceeds a threshold.
+    """A forward whose routing is replaced only for tokens whose output entropy exceeds a threshold.
 
-    Costs two passes: the first says where.
+    It costs two passes: the first one, with the model's own routing, finds these tokens.
     """
 
     def gated(input_ids: torch.Tensor) -> torch.Tensor:

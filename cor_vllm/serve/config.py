@@ -19,7 +19,7 @@ STABLE_LAMBDA = (0.05, 0.2)  # the range that the paper calls stable
 
 
 class CorOptions(dict[str, Any]):
-    """`additional_config["cor"]` on its way to other processes: where it arrives, the plugin is installed.
+    """`additional_config["cor"]` on its way to other processes: who receives it installs the plugin.
 
     vLLM sends its configuration to the engine and the workers by pickle, but a process that does not load
     plugins (VLLM_PLUGINS) would take no notice of these options and serve the model's own routing.
@@ -188,7 +188,7 @@ def plan(config: RoutingOptions, scores: Scores) -> dict[int, LayerRouting]:
 
     Returns:
         One LayerRouting for each MoE layer of the file (modes.plan). With `admin` each has a bias, zeros if
-        the mode has no λ: a captured graph adds the buffer that it was captured with, or none for ever.
+        the mode has no λ: a captured graph adds the buffer that it was captured with, and gets none later.
 
     Raises:
         ConfigError: static_k exceeds the number of experts, or λ the range of float32.
