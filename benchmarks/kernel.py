@@ -21,11 +21,13 @@ from benchmarks.graphs import Call, alternate, timer
 from benchmarks.ratios import Ratio, aim, paired
 from benchmarks.results import device_name, markdown, run_folder, write_rows
 from cor_vllm.kernels import reference
-from cor_vllm.kernels.dispatch import cor_topk
+from cor_vllm.kernels.dispatch import route
+from cor_vllm.kernels.scoring import Scoring
 
 SHAPES = ((128, 8), (128, 12), (32, 4), (64, 6), (256, 8))
 SIZES = (1, 16, 256, 4096, 16384)
 SWEEP_SIZES = (64, 256, 512, 1024, 4096)
+SCORING = Scoring("softmax", renormalize=True)
 SETS = 8  # input sets in turn, 64 MiB at the largest shape: more than the L2 cache holds
 SMALL = 1024  # below, 100 calls make one graph: the gap between two graphs must not show
 
@@ -46,9 +48,9 @@ def contestants(inputs: Inputs) -> dict[str, Call]:
     """What is compared, each with the same inputs and outputs of its own."""
     logits, bias, k = inputs.logits, inputs.bias, inputs.top_k
     calls: dict[str, Call] = {
-        "kernel": lambda i: cor_topk(logits[i], bias, k, True),
-        "kernel again": lambda i: cor_topk(logits[i], bias, k, True),
-        "torch": lambda i: reference.cor_topk(logits[i], bias, k, True),
+        "kernel": lambda i: route(logits[i], bias, k, SCORING),
+        "kernel again": lambda i: route(logits[i], bias, k, SCORING),
+        "torch": lambda i: reference.route(logits[i], bias, k, SCORING),
     }
     if inputs.device == "cuda":
         calls |= {"vllm": vllm_op(inputs), "floor": floor(min(inputs.tokens, 256))}
@@ -99,10 +101,12 @@ def measure(inputs: Inputs, rounds: int) -> dict[str, Any]:
 
 def sweep(inputs: Inputs, rounds: int) -> dict[str, Any]:
     """One row: microseconds for each number of rows per program and of warps."""
-    from cor_vllm.kernels.cor_topk import cor_topk as launch
+    from cor_vllm.kernels.cor_topk import route as launch
 
     def call(rows: int, warps: int) -> Call:
-        return lambda i: launch(inputs.logits[i], inputs.bias, inputs.top_k, True, rows=rows, num_warps=warps)
+        return lambda i: launch(
+            inputs.logits[i], inputs.bias, inputs.top_k, SCORING, rows=rows, num_warps=warps
+        )
 
     timers = {
         f"{rows} rows, {warps} warps": timer(call(rows, warps), SETS, inputs.calls, inputs.device)

@@ -8,10 +8,10 @@ import logging
 
 from benchmarks.dummy_weights import DummyWeights
 from benchmarks.servers import PLAIN_TORCH
-from cor_vllm.kernels.dispatch import cor_topk
+from cor_vllm.kernels.dispatch import route
 from cor_vllm.serve import router
 
-router.cor_topk = functools.partial(cor_topk, backend="torch")
+router.route = functools.partial(route, backend="torch")
 logging.getLogger("vllm.cor").warning(PLAIN_TORCH)
 
 

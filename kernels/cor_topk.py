@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from cor_vllm.kernels.scoring import Scoring
+
 # T tokens, N experts, K selected. A row has P = GROUPS · WIDTH columns, both powers of two: expert e of N/G
 # to a group stands in column (e // (N/G)) · WIDTH + e % (N/G), so that a group never leaves its columns.
 # Shapes stand behind the names: scores_TP.
@@ -62,6 +64,66 @@ def _in_kept_group(keys_TP, ROWS: tl.constexpr, G: tl.constexpr, WIDTH: tl.const
     return tl.reshape(tl.broadcast_to(kept_TG[:, :, None], [ROWS, G, WIDTH]), [ROWS, G * WIDTH]) != 0
 
 
+@triton.jit
+def _keys(
+    scores_TP,
+    in_N,
+    ROWS: tl.constexpr,
+    G: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KEPT: tl.constexpr,
+):
+    """[ROWS, P] int32, what is ranked: a maximum over a warp is one instruction for integers."""
+    TAKEN: tl.constexpr = -2147483648  # below the key of -inf, so padding and winners never win again
+    keys_TP = tl.where(in_N, _ordered(scores_TP), TAKEN)  # -0.0 cannot arise, as g ≥ 0
+    if KEPT < G:
+        kept_TP = _in_kept_group(keys_TP, ROWS, GROUPS, WIDTH, KEPT)
+        # Between padding and the key of -inf: experts of dropped groups come last, and distinct.
+        keys_TP = tl.where(kept_TP | (keys_TP == TAKEN), keys_TP, TAKEN + 1)
+    return keys_TP
+
+
+@triton.jit
+def _columns(N: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """[1, P] each: the expert of a column, and whether there is one."""
+    SIZE: tl.constexpr = N // G
+    column = tl.arange(0, GROUPS * WIDTH)[None, :]
+    if SIZE == WIDTH:
+        experts = column
+        in_N = column < N
+    else:
+        experts = column // WIDTH * SIZE + column % WIDTH
+        in_N = (column % WIDTH < SIZE) & (column // WIDTH < G)
+    return experts, in_N
+
+
+@triton.jit
+def _highest(
+    keys_TP,
+    experts,
+    slots,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    SORTED: tl.constexpr,
+):
+    """[ROWS, K_PAD] int32: of each row [ROWS, P] the K experts of highest key, ties to the lowest id."""
+    TAKEN: tl.constexpr = -2147483648
+    if SORTED:
+        packed_TP = (keys_TP.to(tl.int64) << 32) | (P - 1 - experts).to(tl.int64)
+        ids_TK = (P - 1) - (tl.topk(packed_TP, K_PAD, dim=1) & 0xFFFFFFFF).to(tl.int32)
+    else:
+        ids_TK = tl.zeros([ROWS, K_PAD], tl.int32)
+        for slot in tl.static_range(K):
+            winner = _winner(keys_TP, experts, N)
+            keys_TP = tl.where(experts == winner, TAKEN, keys_TP)
+            ids_TK = tl.where(slots == slot, winner, ids_TK)
+    return ids_TK
+
+
 @triton.jit(do_not_specialize=["T", "scale"])
 def cor_topk_kernel(
     logits_ptr,  # [T, N] bf16, fp16 or fp32, rows `stride` elements apart
@@ -85,17 +147,8 @@ def cor_topk_kernel(
     RENORMALIZE: tl.constexpr,
 ):
     SMALLEST: tl.constexpr = 1.1754943508222875e-38  # of the normal float32; a sum of 0 divides nothing
-    TAKEN: tl.constexpr = -2147483648  # below the key of -inf, so padding and winners never win again
-    P: tl.constexpr = GROUPS * WIDTH
-    SIZE: tl.constexpr = N // G
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, P)[None, :]
-    if SIZE == WIDTH:
-        experts = column
-        in_N = column < N
-    else:
-        experts = column // WIDTH * SIZE + column % WIDTH
-        in_N = (column % WIDTH < SIZE) & (column // WIDTH < G)
+    experts, in_N = _columns(N, G, GROUPS, WIDTH)
     in_T = (rows < T)[:, None]
     row_ptr = logits_ptr + rows[:, None] * stride
     logits_TP = tl.load(row_ptr + experts, mask=in_T & in_N, other=-float("inf")).to(tl.float32)
@@ -108,24 +161,10 @@ def cor_topk_kernel(
         experts_TP = tl.zeros([ROWS, 1], tl.int32) + experts
         scores_TP += tl.load(bias_ptr + experts_TP, mask=in_N & (experts_TP >= 0), other=0.0)
         scores_TP = tl.where(scores_TP == scores_TP, scores_TP, -float("inf"))
-    # Integer keys: a maximum over a warp is one instruction for them. -0.0 cannot arise, as g ≥ 0.
-    keys_TP = tl.where(in_N, _ordered(scores_TP), TAKEN)
-    if KEPT < G:
-        kept_TP = _in_kept_group(keys_TP, ROWS, GROUPS, WIDTH, KEPT)
-        # Between padding and the key of -inf: experts of dropped groups come last, and distinct.
-        keys_TP = tl.where(kept_TP | (keys_TP == TAKEN), keys_TP, TAKEN + 1)
+    keys_TP = _keys(scores_TP, in_N, ROWS, G, GROUPS, WIDTH, KEPT)
 
     slots = tl.arange(0, K_PAD)[None, :]
-    if SORTED:
-        packed_TP = (keys_TP.to(tl.int64) << 32) | (P - 1 - experts).to(tl.int64)
-        ids_TK = (P - 1) - (tl.topk(packed_TP, K_PAD, dim=1) & 0xFFFFFFFF).to(tl.int32)
-    else:
-        ids_TK = tl.zeros([ROWS, K_PAD], tl.int32)
-        for slot in tl.static_range(K):
-            winner = _winner(keys_TP, experts, N)
-            keys_TP = tl.where(experts == winner, TAKEN, keys_TP)
-            ids_TK = tl.where(slots == slot, winner, ids_TK)
-
+    ids_TK = _highest(keys_TP, experts, slots, N, GROUPS * WIDTH, K, K_PAD, ROWS, SORTED)
     in_K = in_T & (slots < K)
     # The same arithmetic on the K winners, read again, is cheaper than carrying the weights along.
     chosen_TK = tl.load(row_ptr + ids_TK, mask=in_K, other=-float("inf")).to(tl.float32)
@@ -143,22 +182,18 @@ def cor_topk_kernel(
     tl.store(ids_ptr + out, ids_TK.to(ids_ptr.dtype.element_ty), mask=in_K)
 
 
-def cor_topk(
+def route(
     router_logits: torch.Tensor,
     bias: torch.Tensor | None,
     top_k: int,
-    renormalize: bool,
-    scoring_func: str = "softmax",
-    scale: float = 1.0,
+    scoring: Scoring,
     *,
-    num_expert_group: int = 1,
-    topk_group: int = 1,
     is_padding: torch.Tensor | None = None,
     indices_type: torch.dtype = torch.int32,
     rows: int | None = None,
     num_warps: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The routing step of reference.cor_topk in one launch, same arguments and results.
+    """The routing step of reference.route in one launch, same arguments and results.
 
     `router_logits` [T, N] needs unit stride within a row; rows may lie any distance apart. One warp per
     program, so that no reduction crosses a warp; no autotuning, whose benchmark would break a CUDA graph
@@ -174,7 +209,7 @@ def cor_topk(
     topk_ids = torch.empty((tokens, top_k), dtype=indices_type, device=device)
     if tokens == 0:
         return topk_weights, topk_ids
-    shape = compile_options(experts, top_k, tokens, num_expert_group, topk_group)
+    shape = compile_options(experts, top_k, tokens, scoring.num_expert_group, scoring.topk_group)
     if rows is not None:
         shape["ROWS"] = rows
     cor_topk_kernel[(triton.cdiv(tokens, shape["ROWS"]),)](
@@ -185,9 +220,9 @@ def cor_topk(
         topk_ids,
         tokens,
         router_logits.stride(0),
-        float(scale),
-        SIGMOID=scoring_func == "sigmoid",
-        RENORMALIZE=renormalize,
+        float(scoring.scale),
+        SIGMOID=scoring.scoring_func == "sigmoid",
+        RENORMALIZE=scoring.renormalize,
         num_warps=num_warps,
         num_stages=1,
         enable_fp_fusion=False,  # a fused g + bias would break ties differently from the reference

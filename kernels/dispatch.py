@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from cor_vllm.kernels import reference
+from cor_vllm.kernels.scoring import Scoring
 
 _LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WARM_UP_TOKENS = (1, 1024)  # a call of each size compiles what calls of any size need (cor_topk.py)
@@ -48,25 +49,44 @@ def cor_topk(
     Raises:
         ValueError: a shape, dtype, device, stride or option that the routing step does not take.
     """
-    _check(router_logits, bias, top_k, scoring_func)
-    _check_groups(router_logits.shape[1], num_expert_group, topk_group)
-    _check_rows(router_logits, is_padding, indices_type)
-    route = _backend(backend, router_logits.device.type)
+    scoring = Scoring(scoring_func, renormalize, scale, num_expert_group, topk_group)
     return route(
-        router_logits,
-        bias,
-        top_k,
-        renormalize,
-        scoring_func,
-        scale,
-        num_expert_group=num_expert_group,
-        topk_group=topk_group,
-        is_padding=is_padding,
-        indices_type=indices_type,
+        router_logits, bias, top_k, scoring, backend, is_padding=is_padding, indices_type=indices_type
     )
 
 
-def _check(logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, scoring_func: str) -> None:
+def route(
+    router_logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k: int,
+    scoring: Scoring,
+    backend: str | None = None,
+    *,
+    is_padding: torch.Tensor | None = None,
+    indices_type: torch.dtype = torch.int32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The routing step for a router whose Scoring is at hand; `cor_topk` takes the fields one by one.
+
+    Args:
+        router_logits: as `cor_topk` takes them; so are `top_k`, `backend`, `is_padding` and `indices_type`.
+        bias: [N] float32 on the same device, all that is added to the probabilities, or None. The correction
+            bias of `scoring` is not added again; Scoring.total_bias makes the sum.
+        scoring: how the router scores and weighs.
+
+    Returns:
+        As `cor_topk` does.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride that the routing step does not take.
+    """
+    _check(router_logits, bias, top_k)
+    scoring.check_experts(router_logits.shape[1])
+    _check_rows(router_logits, is_padding, indices_type)
+    step = _backend(backend, router_logits.device.type)
+    return step(router_logits, bias, top_k, scoring, is_padding=is_padding, indices_type=indices_type)
+
+
+def _check(logits: torch.Tensor, bias: torch.Tensor | None, top_k: int) -> None:
     if logits.dim() != 2 or logits.dtype not in _LOGITS_DTYPES:
         raise ValueError(
             f"router_logits: {list(logits.shape)} {logits.dtype}, must be [T, N] bf16, fp16 or fp32"
@@ -76,8 +96,6 @@ def _check(logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, scoring_
         raise ValueError(f"top_k: {top_k}, must be in [1, {experts}]")
     if logits.stride(1) != 1 and logits.numel() > 0 and experts > 1:
         raise ValueError(f"router_logits: stride {logits.stride(1)} within a row, must be 1")
-    if scoring_func not in ("softmax", "sigmoid"):
-        raise ValueError(f"scoring_func: {scoring_func!r}, must be 'softmax' or 'sigmoid'")
     if bias is not None and (
         bias.shape != (experts,)
         or bias.dtype != torch.float32
@@ -87,19 +105,6 @@ def _check(logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, scoring_
         raise ValueError(
             f"bias: {list(bias.shape)} {bias.dtype} on {bias.device}, must be contiguous [{experts}] float32 "
             f"on {logits.device}"
-        )
-
-
-def _check_groups(experts: int, num_expert_group: int, topk_group: int) -> None:
-    if num_expert_group < 1 or not 1 <= topk_group <= num_expert_group:
-        raise ValueError(
-            f"topk_group: {topk_group} of num_expert_group {num_expert_group}, must be in "
-            "[1, num_expert_group]"
-        )
-    if num_expert_group > 1 and (experts % num_expert_group or experts < 2 * num_expert_group):
-        raise ValueError(
-            f"num_expert_group: {num_expert_group}, must split {experts} experts into equal groups of "
-            "at least 2"
         )
 
 
@@ -122,11 +127,11 @@ def _backend(name: str | None, device: str) -> Callable[..., tuple[torch.Tensor,
     if name is None:
         name = "triton" if device == "cuda" else "torch"
     if name == "torch":
-        return reference.cor_topk
+        return reference.route
     if name != "triton":
         raise ValueError(f"backend: {name!r}, must be 'triton', 'torch' or None")
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"backend 'triton' needs a GPU, or TRITON_INTERPRET=1; the logits are on {device!r}")
     from cor_vllm.kernels import cor_topk as triton_kernel
 
-    return triton_kernel.cor_topk
+    return triton_kernel.route

@@ -2,6 +2,8 @@
 
 import torch
 
+from cor_vllm.kernels.scoring import Scoring
+
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -18,22 +20,32 @@ def cor_topk(
     is_padding: torch.Tensor | None = None,
     indices_type: torch.dtype = torch.int32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The routing step with the fields of Scoring as arguments; see `route`."""
+    scoring = Scoring(scoring_func, renormalize, scale, num_expert_group, topk_group)
+    return route(router_logits, bias, top_k, scoring, is_padding=is_padding, indices_type=indices_type)
+
+
+def route(
+    router_logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k: int,
+    scoring: Scoring,
+    *,
+    is_padding: torch.Tensor | None = None,
+    indices_type: torch.dtype = torch.int32,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Select by probability plus bias, weigh by probability alone.
 
         g = softmax(router_logits) or sigmoid(router_logits), float32; not finite counts as 0
         A = the top_k experts of highest g + bias, ties to the lowest id; NaN ranks below every number
-        w = g[A], divided by its sum where `renormalize`, times `scale`
+        w = g[A], divided by its sum if `scoring.renormalize`, times `scoring.scale`
 
     Args:
         router_logits: [T, N] bf16, fp16 or fp32.
-        bias: [N] float32, λ·CEI with a model's own correction bias folded in, or None.
+        bias: [N] float32, all that is added to g, so λ·CEI together with a model's own correction bias (see
+            Scoring.total_bias), or None. The correction bias of `scoring` is not added again.
         top_k: experts per token, 1 ≤ top_k ≤ N.
-        renormalize: divide the weights by their sum, at least SMALLEST.
-        scoring_func: "softmax" or "sigmoid".
-        scale: the model's routed scaling factor.
-        num_expert_group: groups that the experts are split into, N / num_expert_group ≥ 2 consecutive ones
-            each; 1: none.
-        topk_group: the groups whose two best g + bias have the highest sum come before all others.
+        scoring: how the router scores and weighs. Experts of the groups that it drops come after all others.
         is_padding: [T] bool, rows that stand for no token: id −1, weight 0; None: there are none.
         indices_type: of the ids, torch.int32 or torch.int64.
 
@@ -41,21 +53,11 @@ def cor_topk(
         topk_weights [T, top_k] float32 and topk_ids [T, top_k], both by descending score. For any bits in
         the input the ids of a row that is no padding are distinct and in [0, N).
 
-    Source: paper Eq. 9; method.md, "Online routing".
+    Source: paper Eq. 9.
     """
-    probs = probabilities(router_logits, scoring_func)
+    probs = probabilities(router_logits, scoring.scoring_func)
     scores = probs if bias is None else probs + bias
-    return select(
-        probs,
-        scores,
-        top_k,
-        renormalize,
-        scale,
-        num_expert_group=num_expert_group,
-        topk_group=topk_group,
-        is_padding=is_padding,
-        indices_type=indices_type,
-    )
+    return select(probs, scores, top_k, scoring, is_padding=is_padding, indices_type=indices_type)
 
 
 def probabilities(router_logits: torch.Tensor, scoring_func: str = "softmax") -> torch.Tensor:
@@ -73,19 +75,16 @@ def select(
     probs: torch.Tensor,
     scores: torch.Tensor,
     top_k: int,
-    renormalize: bool,
-    scale: float = 1.0,
+    scoring: Scoring,
     *,
-    num_expert_group: int = 1,
-    topk_group: int = 1,
     is_padding: torch.Tensor | None = None,
     indices_type: torch.dtype = torch.int32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The top_k experts by `scores` [T, N], weighed by `probs` [T, N]; see `cor_topk`."""
+    """The top_k experts by `scores` [T, N], weighed by `probs` [T, N]; see `route`."""
     if scores is not probs:  # which are finite
         scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    if topk_group < num_expert_group:
-        dropped = _dropped(scores, num_expert_group, topk_group)
+    if scoring.drops_groups:
+        dropped = _dropped(scores, scoring.num_expert_group, scoring.topk_group)
         order = _descending(scores.masked_fill(dropped, -torch.inf))
         # Experts of dropped groups come last rather than never, so that the ids are distinct for any top_k.
         order = order.gather(1, dropped.gather(1, order).int().sort(dim=-1, stable=True).indices)
@@ -93,11 +92,11 @@ def select(
         order = _descending(scores)
     ids = order[:, :top_k]
     weights = probs.gather(1, ids)
-    if renormalize:
-        # Where nothing selected has any weight the sum is 0, and so is what it divides.
+    if scoring.renormalize:
+        # If nothing selected has any weight, the sum is 0, and so is what it divides.
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(SMALLEST)
-    if scale != 1.0:
-        weights = weights * scale
+    if scoring.scale != 1.0:
+        weights = weights * scoring.scale
     ids = ids.to(indices_type).contiguous()
     if is_padding is not None:
         weights = weights.masked_fill(is_padding[:, None], 0.0)

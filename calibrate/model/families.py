@@ -4,7 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from cor_vllm.calibrate.config import CalibrationError
+from cor_vllm.kernels.scoring import Scoring
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,21 @@ class Family:
     scale: Callable[[Any], float] = lambda config: 1.0  # what multiplies the weights
     scoring_func: str = "softmax"
     groups: Callable[[Any], tuple[int, int]] = lambda config: (1, 1)  # groups of experts, those kept
+
+    def scoring(self, config: Any, correction_bias: torch.Tensor) -> Scoring:
+        """How a router of this family scores.
+
+        Args:
+            config: the model's configuration.
+            correction_bias: [N] float32, the router's own; zeros if it has none.
+        """
+        return Scoring(
+            self.scoring_func,
+            self.renormalize(config),
+            self.scale(config),
+            *self.groups(config),
+            correction_bias,
+        )
 
 
 def _norm_topk_prob(config: Any) -> bool:

@@ -157,14 +157,7 @@ class MoeModel:
 def _rule(family: Family, config: Any, module: nn.Module) -> Router:
     """The rule that a router module follows; its correction bias is a buffer, so it is never offloaded."""
     correction_bias = getattr(module, "e_score_correction_bias", torch.zeros(num_experts(config)))
-    return Router(
-        config.num_experts_per_tok,
-        family.renormalize(config),
-        family.scale(config),
-        family.scoring_func,
-        *family.groups(config),
-        correction_bias.float(),
-    )
+    return Router(config.num_experts_per_tok, family.scoring(config, correction_bias.float()))
 
 
 def _replace_routing(rule: Rule, rows: torch.Tensor | None) -> Callable[..., tuple[torch.Tensor, ...]]:

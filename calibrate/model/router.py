@@ -1,12 +1,13 @@
 """How one MoE layer routes: the model's own rule, and that rule with a bias or without an expert."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from cor_vllm.kernels import reference
 from cor_vllm.kernels.reference import SMALLEST
+from cor_vllm.kernels.scoring import Scoring
 from cor_vllm.modes import LayerRouting
 
 Rule = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -15,26 +16,20 @@ Rule = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Router:
-    """How one MoE layer of a model routes.
-
-        g = softmax(router_logits) or sigmoid(router_logits), float32
-        A = the top_k experts of highest g + correction_bias, in the groups that these scores keep
-        w = g[A], divided by its sum where `renormalize`, times `scale`
-
-    Source: method.md, "Words" and "Online routing".
-    """
+    """How one MoE layer of a model routes: it selects `top_k` experts as its `scoring` says."""
 
     top_k: int
-    renormalize: bool
-    scale: float
-    scoring_func: str  # "softmax" or "sigmoid"
-    num_expert_group: int
-    topk_group: int
-    correction_bias: torch.Tensor  # [N] float32, the model's own; zeros where it has none
+    scoring: Scoring
+
+    @property
+    def correction_bias(self) -> torch.Tensor:
+        """[N] float32, the model's own; zeros if it has none."""
+        assert self.scoring.correction_bias is not None, "MoeModel gives every router one"
+        return self.scoring.correction_bias
 
     def probabilities(self, router_logits: torch.Tensor) -> torch.Tensor:
         """g [T, N] float32."""
-        return reference.probabilities(router_logits, self.scoring_func)
+        return reference.probabilities(router_logits, self.scoring.scoring_func)
 
     def select(
         self, probs: torch.Tensor, scores: torch.Tensor, top_k: int | None = None
@@ -44,15 +39,7 @@ class Router:
         Returns:
             (weights [T, K] float32, ids [T, K] int32), by descending score.
         """
-        return reference.select(
-            probs,
-            scores,
-            top_k or self.top_k,
-            self.renormalize,
-            self.scale,
-            num_expert_group=self.num_expert_group,
-            topk_group=self.topk_group,
-        )
+        return reference.select(probs, scores, top_k or self.top_k, self.scoring)
 
     def route(
         self, router_logits: torch.Tensor, bias: torch.Tensor | None = None, top_k: int | None = None
@@ -66,9 +53,8 @@ class Router:
         return self.select(probs, self._scores(probs, bias), top_k)
 
     def _scores(self, probs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        # One sum of what does not depend on the token, so that the rounding is the server's.
-        added = self.correction_bias.to(probs.device)
-        return probs + (added if bias is None else added + bias)
+        added = self.scoring.total_bias(bias, probs.device)
+        return probs if added is None else probs + added
 
     def without(self, experts: torch.Tensor, ablation: str) -> Rule:
         """Routing with one expert e per token taken away (Eq. 5).
@@ -97,7 +83,7 @@ class Router:
             weights, ids = self.select(probs, scores)
             removed = ids == taken
             affected = removed.any(dim=1, keepdim=True)
-            if self.scoring_func == "softmax":
+            if self.scoring.scoring_func == "softmax":
                 return self.select(torch.where(affected, reduced, probs), scores)
             others = weights.masked_fill(removed, 0.0)
             shares = others / others.sum(dim=1, keepdim=True).clamp_min(SMALLEST)
@@ -123,7 +109,4 @@ def _fused(router: Router, layer: LayerRouting, logits: torch.Tensor) -> tuple[t
     scores = router.probabilities(logits) + router.correction_bias.to(logits.device)
     if layer.bias is not None:
         scores = scores + layer.bias.to(logits.device)
-    return reference.select(
-        scores, scores, layer.top_k, True, router.scale,
-        num_expert_group=router.num_expert_group, topk_group=router.topk_group,
-    )  # fmt: skip
+    return reference.select(scores, scores, layer.top_k, replace(router.scoring, renormalize=True))

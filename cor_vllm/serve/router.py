@@ -1,5 +1,6 @@
 """vLLM's router interface ↔ the routing step; the only file that names vLLM's router types."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,9 @@ from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 
-from cor_vllm.kernels.dispatch import WARM_UP_TOKENS, cor_topk
+from cor_vllm.kernels.dispatch import WARM_UP_TOKENS, route
 from cor_vllm.kernels.reference import probabilities, random_scores, select
+from cor_vllm.kernels.scoring import Scoring
 from cor_vllm.serve import observe
 from cor_vllm.serve.compat import AlwaysAsked
 from cor_vllm.serve.config import LayerRouting, Weights
@@ -55,18 +57,13 @@ class CorRouter(AlwaysAsked, BaseRouter):
         self.num_experts = num_experts
         self.fused = weights == "fused"
         self.seed = seed
-        self.renormalize: bool = options["renormalize"]
-        self.scoring_func: str = options["scoring_func"]
-        self.scale: float = options["routed_scaling_factor"]
-        self.correction_bias: torch.Tensor | None = options["e_score_correction_bias"]
-        grouped = options["use_grouped_topk"] and options["num_expert_group"] > 1
-        self.groups: dict[str, Any] = {
-            "num_expert_group": options["num_expert_group"] if grouped else 1,
-            "topk_group": options["topk_group"] if grouped else 1,
-        }
+        # Made once, so that no forward makes or validates one.
+        self.scoring = scoring_of(options)
+        self.fused_scoring = dataclasses.replace(self.scoring, renormalize=True)
+        self.ids_scoring = dataclasses.replace(self.scoring, renormalize=False, scale=1.0)
         self.on_cpu = isinstance(stock, CPURouter)
-        # Where the stock router would mark padding rows; expert kernels skip them.
-        self.marks_padding = not self.on_cpu and (options["skip_padding"] or not grouped)
+        # As the stock router would mark padding rows; expert kernels skip them.
+        self.marks_padding = not self.on_cpu and (options["skip_padding"] or not _grouped(options))
         self.bias = layer.bias  # [N] float32; the plugin replaces it by the layer's buffer on the device
         self.counts: torch.Tensor | None = None  # int64, observe.COUNTERS; a buffer that the plugin sets
 
@@ -111,9 +108,10 @@ class CorRouter(AlwaysAsked, BaseRouter):
 
     def _fill_bias(self) -> None:
         assert self.bias is not None and self.layer.bias is not None, "a buffer where the layer has λ·CEI"
-        bias = self.layer.bias.to(self.bias.device)
-        # In place: CUDA graphs replay the address.
-        self.bias.copy_(bias if self.correction_bias is None else bias + self.correction_bias)
+        device = self.bias.device
+        total = self.scoring.total_bias(self.layer.bias.to(device), device)
+        assert total is not None, "a sum of at least λ·CEI"
+        self.bias.copy_(total)  # in place: CUDA graphs replay the address
 
     def _compile_kernel(self, device: torch.device) -> None:
         """All variants that serving will need: later one would stall requests, or break a graph capture."""
@@ -150,25 +148,22 @@ class CorRouter(AlwaysAsked, BaseRouter):
 
     def _own_ids(self, router_logits: torch.Tensor) -> torch.Tensor:
         """[T, k_l]: the experts that the model's own score would have chosen."""
-        bias = None if self.correction_bias is None else self.correction_bias.float()
-        return cor_topk(router_logits, bias, self.top_k, False, self.scoring_func, **self.groups)[1]
+        return route(router_logits, self.scoring.total_bias(), self.top_k, self.ids_scoring)[1]
 
     def _route(
         self, router_logits: torch.Tensor, indices_type: torch.dtype, is_padding: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        options: dict[str, Any] = {**self.groups, "is_padding": is_padding, "indices_type": indices_type}
+        rows: dict[str, Any] = {"is_padding": is_padding, "indices_type": indices_type}
         if self.layer.random:
-            probs = probabilities(router_logits, self.scoring_func)
+            probs = probabilities(router_logits, self.scoring.scoring_func)
             scores = random_scores(router_logits, self.seed + self.layer.layer_index)
-            return select(probs, scores, self.top_k, self.renormalize, self.scale, **options)
+            return select(probs, scores, self.top_k, self.scoring, **rows)
         if self.fused:
-            scores = probabilities(router_logits, self.scoring_func)
-            bias = self.correction_bias if self.bias is None else self.bias
+            scores = probabilities(router_logits, self.scoring.scoring_func)
+            bias = self.scoring.total_bias() if self.bias is None else self.bias
             scores = scores if bias is None else scores + bias
-            return select(scores, scores, self.top_k, True, self.scale, **options)
-        return cor_topk(
-            router_logits, self.bias, self.top_k, self.renormalize, self.scoring_func, self.scale, **options
-        )
+            return select(scores, scores, self.top_k, self.fused_scoring, **rows)
+        return route(router_logits, self.bias, self.top_k, self.scoring, **rows)
 
     def _padding(self, tokens: int) -> torch.Tensor | None:
         """[tokens] bool, the rows to mark as padding; None where vLLM marks none."""
@@ -181,3 +176,27 @@ class CorRouter(AlwaysAsked, BaseRouter):
             return None
         is_padding = get_forward_context().is_padding
         return None if is_padding is None else is_padding[:tokens]
+
+
+def scoring_of(options: dict[str, Any]) -> Scoring:
+    """How a layer of vLLM scores.
+
+    Args:
+        options: what vLLM makes the layer's router with, the arguments of its create_fused_moe_router.
+
+    Returns:
+        A Scoring with the model's own correction bias, whose values the loader fills in later.
+    """
+    grouped = _grouped(options)
+    return Scoring(
+        options["scoring_func"],
+        options["renormalize"],
+        options["routed_scaling_factor"],
+        options["num_expert_group"] if grouped else 1,
+        options["topk_group"] if grouped else 1,
+        options["e_score_correction_bias"],
+    )
+
+
+def _grouped(options: dict[str, Any]) -> bool:
+    return bool(options["use_grouped_topk"] and options["num_expert_group"] > 1)

@@ -122,7 +122,8 @@ def _compare(
 ) -> tuple[dict[str, float], list[str]]:
     assert record.topk_ids is not None and record.topk_weights is not None, "checked by the caller"
     probs = _probabilities(record)
-    own = probs + (0 if record.correction_bias is None else record.correction_bias.double().numpy())
+    own_bias = record.scoring.correction_bias
+    own = probs + (0 if own_bias is None else own_bias.double().numpy())
     wanted = _wanted_scores(record, config, scores, own)
     ids, weights = record.topk_ids.long().numpy(), record.topk_weights.double().numpy()
     real = ids[:, 0] >= 0  # rows that fill up a CUDA graph have no experts
@@ -135,7 +136,9 @@ def _compare(
         # vLLM computed these, and may have rounded them; what it computes is compared below.
         error = _difference(ids, weights, record.stock_ids, record.stock_weights, probs.shape[1])
     else:
-        error = _weights_error(ids, weights, wanted if fused else probs, record, fused or record.renormalize)
+        error = _weights_error(
+            ids, weights, wanted if fused else probs, record, fused or record.scoring.renormalize
+        )
     worst = float(error[real].max(initial=0.0))
     if not worst <= WEIGHT_ERROR:
         problems.append(f"weights differ from the expected ones by up to {worst:.2g}")
@@ -166,14 +169,14 @@ def _like_vllm(record: "LayerRecord", probs: np.ndarray, own: np.ndarray, k: int
         _selects(record.stock_ids.long().numpy(), own, record, k, rounded=True)
         & _selects(exact, own, record, k)
         & _selects(record.unbiased_ids.long().numpy(), own, record, k)
-        & (_weights_error(exact, weights, probs, record, record.renormalize) <= WEIGHT_ERROR)
+        & (_weights_error(exact, weights, probs, record, record.scoring.renormalize) <= WEIGHT_ERROR)
     )
 
 
 def _probabilities(record: "LayerRecord") -> np.ndarray:
     assert record.router_logits is not None, "checked by the caller"
     logits = record.router_logits.double().numpy()
-    if record.scoring_func == "sigmoid":
+    if record.scoring.scoring_func == "sigmoid":
         return 1 / (1 + np.exp(-logits))
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     return exponentials / exponentials.sum(axis=1, keepdims=True)
@@ -197,7 +200,7 @@ def _wanted_scores(record: "LayerRecord", config: CorConfig, scores: Scores, own
 
 def _with_groups(scores: np.ndarray, record: "LayerRecord") -> np.ndarray:
     """The scores with −inf where the group was not chosen."""
-    groups, kept = record.num_expert_group, record.topk_group
+    groups, kept = record.scoring.num_expert_group, record.scoring.topk_group
     if kept >= groups:
         return scores
     by_group = scores.reshape(len(scores), groups, -1)
@@ -247,7 +250,7 @@ def _weights_error(
     expected = np.take_along_axis(by, np.clip(ids, 0, by.shape[1] - 1), axis=1)
     if renormalize:
         expected = expected / expected.sum(axis=1, keepdims=True)
-    return np.abs(weights - expected * record.scale).max(axis=1)
+    return np.abs(weights - expected * record.scoring.scale).max(axis=1)
 
 
 def _difference(

@@ -9,7 +9,8 @@ import torch
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.models.utils import extract_layer_index
 
-from cor_vllm.kernels.dispatch import cor_topk
+from cor_vllm.kernels.dispatch import route
+from cor_vllm.kernels.scoring import Scoring
 from cor_vllm.serve.router import CorRouter
 
 ROWS = 256  # tokens that are kept per layer
@@ -30,14 +31,9 @@ class LayerRecord:
     modular: bool
     router: str
     top_k: int
-    scoring_func: str = "softmax"
-    renormalize: bool = False
-    scale: float = 1.0
-    num_expert_group: int = 1
-    topk_group: int = 1
+    scoring: Scoring  # with the correction bias on the CPU
     decided_by_vllm: bool = False  # the score is the model's own, so vLLM's router selects and weighs
     different_tokens: bool = False  # the rows are of different tokens, as no run with dummy tokens has them
-    correction_bias: torch.Tensor | None = None  # [N] float32
     router_logits: torch.Tensor | None = None  # [T, N], in the dtype that the model computes them in
     topk_ids: torch.Tensor | None = None  # [T, top_k]
     topk_weights: torch.Tensor | None = None  # [T, top_k] float32
@@ -69,17 +65,21 @@ def describe(name: str, runner: MoERunner) -> LayerRecord:
         modular=not runner.is_monolithic,
         router=type(runner.router).__name__,
         top_k=runner.router.top_k,
+        scoring=_scoring(runner.router),
     )
     if isinstance(runner.router, CorRouter):
-        router = runner.router
-        record.scoring_func = router.scoring_func
-        record.renormalize = router.renormalize
-        record.scale = router.scale
-        record.num_expert_group = router.groups["num_expert_group"]
-        record.topk_group = router.groups["topk_group"]
-        record.correction_bias = _host(router.correction_bias)
-        record.decided_by_vllm = router.decided_by_vllm
+        record.decided_by_vllm = runner.router.decided_by_vllm
     return record
+
+
+def _scoring(router: Any) -> Scoring:
+    if not isinstance(router, CorRouter):
+        return Scoring(
+            "softmax", renormalize=False
+        )  # a guess; that the router is not ours is a problem itself
+    own = router.scoring.total_bias()
+    own = None if own is None else own.detach().to("cpu", copy=True)
+    return dataclasses.replace(router.scoring, correction_bias=own)
 
 
 @contextlib.contextmanager
@@ -217,18 +217,8 @@ def _add_stock(record: LayerRecord, router: Any) -> None:
     logits = record.router_logits.to(device)
     stock_weights, stock_ids = router.stock._compute_routing(logits, logits, None)
     exact_weights, exact_ids = router.stock._compute_routing(logits.float(), logits.float(), None)
-    bias = router.correction_bias
     zeros = torch.zeros(logits.shape[1], device=device, dtype=torch.float32)
-    bias = zeros if bias is None else bias.float()
-    _, unbiased = cor_topk(
-        logits,
-        bias,
-        record.top_k,
-        router.renormalize,
-        router.scoring_func,
-        num_expert_group=record.num_expert_group,
-        topk_group=record.topk_group,
-    )
+    _, unbiased = route(logits, router.scoring.total_bias(zeros, device), record.top_k, router.scoring)
     record.stock_ids, record.stock_weights = _host(stock_ids), _host(stock_weights)
     record.exact_ids, record.exact_weights = _host(exact_ids), _host(exact_weights)
     record.unbiased_ids = _host(unbiased)

@@ -128,12 +128,12 @@ def test_another_k(engine):
 @pytest.mark.parametrize(("attribute", "value"), [("scale", 1.01), ("renormalize", False)])
 def test_weights_that_vllm_would_not_give(engine, attribute, value):
     router = layer_of(engine, 0).router
-    right = getattr(router, attribute)
-    setattr(router, attribute, value)
+    right = router.scoring
+    router.scoring = dataclasses.replace(right, **{attribute: value})
     try:
         found = problems(engine)
     finally:
-        setattr(router, attribute, right)
+        router.scoring = right
     assert found and all("layers.0" in p and "with λ = 0 it routes otherwise than vLLM" in p for p in found)
 
 

@@ -288,7 +288,7 @@ def test_worker_extensions() -> None:
 import torch
 from cor_vllm.serve import router
 from benchmarks import torch_router, dummy_weights
-assert router.cor_topk.keywords == {"backend": "torch"}
+assert router.route.keywords == {"backend": "torch"}
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 assert DummyModelLoader.load_weights is dummy_weights.load_weights
 class Two(torch.nn.Module):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cor_vllm.kernels.scoring import Scoring
 from cor_vllm.verify import judge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,7 +53,7 @@ def test_probabilities_that_are_one_number_in_the_logits_dtype_are_tied():
     taken, other = np.array([[0, 2]]), np.array([[0, 3]])
     for dtype, tied in ((torch.bfloat16, True), (torch.float16, False), (torch.float32, False)):
         record = SimpleNamespace(
-            router_logits=torch.zeros(1, 4, dtype=dtype), num_expert_group=1, topk_group=1
+            router_logits=torch.zeros(1, 4, dtype=dtype), scoring=Scoring("softmax", renormalize=True)
         )
         assert judge._selects(taken, scores, record, 2, rounded=True).tolist() == [tied]
         assert judge._selects(taken, scores, record, 2).tolist() == [False]  # our own step rounds nothing
