@@ -57,9 +57,10 @@ class CorRouter(AlwaysAsked, BaseRouter):
         self.num_experts = num_experts
         self.fused = weights == "fused"
         self.seed = seed
-        # Made once, so that no forward makes or validates one.
+        # All made here, so that no forward makes or validates one.
         self.scoring = scoring_of(options)
         self.fused_scoring = dataclasses.replace(self.scoring, renormalize=True)
+        # For ids whose weights nobody reads.
         self.ids_scoring = dataclasses.replace(self.scoring, renormalize=False, scale=1.0)
         self.on_cpu = isinstance(stock, CPURouter)
         # As the stock router would mark padding rows; expert kernels skip them.

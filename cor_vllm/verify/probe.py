@@ -74,9 +74,8 @@ def describe(name: str, runner: MoERunner) -> LayerRecord:
 
 def _scoring(router: Any) -> Scoring:
     if not isinstance(router, CorRouter):
-        return Scoring(
-            "softmax", renormalize=False
-        )  # a guess; that the router is not ours is a problem itself
+        # A guess. That the router is not ours is a problem of its own, which the judge names.
+        return Scoring("softmax", renormalize=False)
     own = router.scoring.total_bias()
     own = None if own is None else own.detach().to("cpu", copy=True)
     return dataclasses.replace(router.scoring, correction_bias=own)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cor_vllm import scores
 from cor_vllm.cli import main
+from cor_vllm.kernels.scoring import Scoring
 from cor_vllm.plugin import RoutingError
 from cor_vllm.serve.router import CorRouter
 from cor_vllm.testing.make_scores import config_of, make
@@ -135,6 +136,14 @@ def test_weights_that_vllm_would_not_give(engine, attribute, value):
     finally:
         router.scoring = right
     assert found and all("layers.0" in p and "with λ = 0 it routes otherwise than vLLM" in p for p in found)
+
+
+def test_the_correction_bias_is_recorded_whole():
+    """A record keeps few tokens, but all experts."""
+    own = torch.rand(probe.ROWS + 100)
+    router = CorRouter.__new__(CorRouter)
+    router.scoring = Scoring("sigmoid", renormalize=True, correction_bias=own)
+    assert torch.equal(probe._scoring(router).correction_bias, own)
 
 
 LOGITS = {  # what a router may make of its input, and what is said
