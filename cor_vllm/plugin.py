@@ -190,8 +190,6 @@ def _build_layer(original: Any, bound: inspect.BoundArguments, config: CorConfig
             logits_dtype=arguments["router_logits_dtype"] or engine.model_config.dtype,
             widest=max(layer.top_k for layer in layers_of(config).values()),
             num_experts=arguments["num_experts"],
-            weights=config.weights,
-            seed=config.seed,
         )
 
     # The factory makes its router itself, with arguments worked out inside; wrapping that one call for the

@@ -14,9 +14,9 @@ from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
 from cor_vllm.kernels.dispatch import WARM_UP_TOKENS, route
 from cor_vllm.kernels.reference import probabilities, random_scores, select
 from cor_vllm.kernels.scoring import Scoring
+from cor_vllm.modes import LayerRouting
 from cor_vllm.serve import observe
 from cor_vllm.serve.compat import AlwaysAsked
-from cor_vllm.serve.config import LayerRouting, Weights
 
 
 class CorRouter(AlwaysAsked, BaseRouter):
@@ -28,13 +28,11 @@ class CorRouter(AlwaysAsked, BaseRouter):
 
     Args:
         stock: vLLM's own router for this layer.
-        layer: k_l, λ·CEI and the mode.
+        layer: how it selects its experts.
         options: what vLLM made `stock` with, the arguments of its create_fused_moe_router.
         logits_dtype: of the router logits that will come.
         widest: the most experts that any layer selects.
         num_experts: N, columns of the router logits.
-        weights: what weighs the experts, the router's probability or the score.
-        seed: of mode `random`.
     """
 
     def __init__(
@@ -46,8 +44,6 @@ class CorRouter(AlwaysAsked, BaseRouter):
         logits_dtype: torch.dtype,
         widest: int,
         num_experts: int,
-        weights: Weights,
-        seed: int,
     ) -> None:
         super().__init__(stock.top_k, stock.global_num_experts, stock.eplb_state)
         self.stock = stock
@@ -55,8 +51,6 @@ class CorRouter(AlwaysAsked, BaseRouter):
         self.logits_dtype = logits_dtype
         self.widest = widest
         self.num_experts = num_experts
-        self.fused = weights == "fused"
-        self.seed = seed
         # All made here, so that no forward makes or validates one.
         self.scoring = scoring_of(options)
         self.fused_scoring = dataclasses.replace(self.scoring, renormalize=True)
@@ -76,7 +70,7 @@ class CorRouter(AlwaysAsked, BaseRouter):
     @property
     def decided_by_vllm(self) -> bool:
         """Whether the stock router selects and weighs, because the score is the model's own."""
-        return self.bias is None and not self.layer.random and not self.fused
+        return self.bias is None and not self.layer.random and not self.layer.fused
 
     def set_capture_fn(self, capture_fn: Callable[[torch.Tensor], None] | None) -> None:
         """For --enable-return-routed-experts, whose buffer has one width for all layers.
@@ -157,9 +151,9 @@ class CorRouter(AlwaysAsked, BaseRouter):
         rows: dict[str, Any] = {"is_padding": is_padding, "indices_type": indices_type}
         if self.layer.random:
             probs = probabilities(router_logits, self.scoring.scoring_func)
-            scores = random_scores(router_logits, self.seed + self.layer.layer_index)
+            scores = random_scores(router_logits, self.layer.seed)
             return select(probs, scores, self.top_k, self.scoring, **rows)
-        if self.fused:
+        if self.layer.fused:
             scores = probabilities(router_logits, self.scoring.scoring_func)
             bias = self.scoring.total_bias() if self.bias is None else self.bias
             scores = scores if bias is None else scores + bias

@@ -18,6 +18,10 @@ from cor_vllm.serve.config import CorConfig, plan
 if TYPE_CHECKING:
     from cor_vllm.verify.probe import LayerRecord
 
+# The modes by the score that their experts are selected by. A mode that is missing here is never verified.
+STATIC_K = "static_k"
+OWN_SCORE, CAUSAL_SCORE, DRAWN_SCORE = (STATIC_K, "off", "layer"), ("expert", "full"), ("random",)
+K_OF_THE_FILE = ("layer", "full", "random")
 SCORE_GAP = 4e-6  # scores this close may change places between float32 and float64
 WEIGHT_ERROR = 1e-4
 
@@ -57,13 +61,16 @@ def judge(
 
 
 def _judge_layer(record: "LayerRecord", config: CorConfig, scores: Scores, worker: int) -> LayerVerdict:
-    layer = plan(config, scores).get(record.layer_index)
+    mode, expected_k = _mode(config, scores), _expected_k(record, config, scores)
     problems = []
     logits = _real_logits(record)
     if logits is not None and (fault := fault_of(logits, record.different_tokens)):
         problems.append(fault)
-    if layer is None:
+    if expected_k is None:
         problems.append("a MoE layer that the scores file does not have")
+    known = mode in (*OWN_SCORE, *CAUSAL_SCORE, *DRAWN_SCORE)
+    if not known:
+        problems.append(f"the verifier does not know what mode {mode!r} means")
     if record.router != "CorRouter":
         problems.append(f"routed by {record.router}, not by counterfactual routing")
     if not record.modular:
@@ -72,19 +79,20 @@ def _judge_layer(record: "LayerRecord", config: CorConfig, scores: Scores, worke
         problems.append("its router was never asked")
     if record.topk_ids is None:
         problems.append("its expert kernel was never given expert ids")
-    expected_k = layer.top_k if layer else 0
-    if layer and record.top_k != expected_k:
+    if expected_k is not None and record.top_k != expected_k:
         problems.append(f"k is {record.top_k}, the file says {expected_k}")
     shares = {"as_expected": 0.0, "weights_error": float("inf"), "changed": 0.0, "lambda_0": 0.0}
     tokens = 0
-    if layer and logits is not None and logits.isfinite().all() and record.topk_ids is not None:
+    ran = logits is not None and bool(logits.isfinite().all()) and record.topk_ids is not None
+    if known and expected_k is not None and ran:
+        assert record.topk_ids is not None, "it ran"
         tokens = len(record.topk_ids)
         shares, found = _compare(record, config, scores, expected_k)
         problems += found
     return LayerVerdict(
         worker=worker, layer=record.layer_index, name=record.name, kernel=record.kernel,
-        modular=record.modular, router=record.router, k=record.top_k, expected_k=expected_k, tokens=tokens,
-        problems=tuple(problems), **shares,
+        modular=record.modular, router=record.router, k=record.top_k, expected_k=expected_k or 0,
+        tokens=tokens, problems=tuple(problems), **shares,
     )  # fmt: skip
 
 
@@ -183,11 +191,11 @@ def _probabilities(record: "LayerRecord") -> np.ndarray:
 
 
 def _wanted_scores(record: "LayerRecord", config: CorConfig, scores: Scores, own: np.ndarray) -> np.ndarray:
-    """[T, N] what the experts have to be selected by."""
-    mode = config.mode or scores.config.serving.mode
-    if config.static_k is not None or mode in ("off", "layer"):
+    """[T, N] what the experts have to be selected by; computed here, without modes.py."""
+    mode = _mode(config, scores)
+    if mode in OWN_SCORE:
         return own
-    if mode == "random":
+    if mode in DRAWN_SCORE:
         assert record.router_logits is not None, "checked by the caller"
         return random_scores(record.router_logits, config.seed + record.layer_index).double().numpy()
     if config.swap_rate is not None:
@@ -196,6 +204,21 @@ def _wanted_scores(record: "LayerRecord", config: CorConfig, scores: Scores, own
     lambda_ = scores.config.serving.lambda_ if config.lambda_ is None else config.lambda_
     row = scores.layer_index.tolist().index(record.layer_index)
     return own + lambda_ * scores.cei[row].double().numpy()
+
+
+def _mode(config: CorConfig, scores: Scores) -> str:
+    return STATIC_K if config.static_k is not None else config.mode or scores.config.serving.mode
+
+
+def _expected_k(record: "LayerRecord", config: CorConfig, scores: Scores) -> int | None:
+    """How many experts the layer has to select; None if the file does not have the layer."""
+    layers = scores.layer_index.tolist()
+    if record.layer_index not in layers:
+        return None
+    if config.static_k is not None:
+        return config.static_k
+    row = layers.index(record.layer_index)
+    return int(scores.k[row]) if _mode(config, scores) in K_OF_THE_FILE else scores.config.model.top_k
 
 
 def _with_groups(scores: np.ndarray, record: "LayerRecord") -> np.ndarray:

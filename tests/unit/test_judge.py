@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from cor_vllm.kernels.scoring import Scoring
+from cor_vllm.modes import MODES, Mode
+from cor_vllm.scores import Scores
+from cor_vllm.serve.config import CorConfig
 from cor_vllm.verify import judge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,3 +61,22 @@ def test_probabilities_that_are_one_number_in_the_logits_dtype_are_tied():
         assert judge._selects(taken, scores, record, 2, rounded=True).tolist() == [tied]
         assert judge._selects(taken, scores, record, 2).tolist() == [False]  # our own step rounds nothing
         assert judge._selects(other, scores, record, 2, rounded=True).tolist() == [False]
+
+
+def test_a_mode_that_the_verifier_was_not_taught_is_a_problem(
+    scores: Scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it expects it computes by itself, so that a new mode must not pass as one that it knows."""
+    monkeypatch.setitem(MODES, "inverted", Mode("a mode of this test"))
+    record = SimpleNamespace(
+        layer_index=0, name="layers.0", kernel="K", modular=True, router="CorRouter", top_k=3,
+        router_logits=None, topk_ids=None,
+    )  # fmt: skip
+    for mode, problem in (("off", False), ("inverted", True)):
+        (verdict,) = judge.judge([record], CorConfig(scores="x", mode=mode), scores)
+        assert any("does not know what mode 'inverted'" in found for found in verdict.problems) == problem
+    for mode, k in (("off", 3), ("expert", 3), ("layer", 2), ("full", 2), ("random", 2)):
+        (verdict,) = judge.judge([record], CorConfig(scores="x", mode=mode), scores)
+        assert verdict.expected_k == k == int(scores.k[0] if k == 2 else scores.config.model.top_k)
+    (verdict,) = judge.judge([record], CorConfig(scores="x", static_k=5), scores)
+    assert verdict.expected_k == 5
