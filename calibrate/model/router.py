@@ -50,9 +50,10 @@ class Router:
             As `select` does.
         """
         probs = self.probabilities(router_logits)
-        return self.select(probs, self._scores(probs, bias), top_k)
+        return self.select(probs, self.scores(probs, bias), top_k)
 
-    def _scores(self, probs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def scores(self, probs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, N] what the experts are selected by: probabilities, the model's own bias and `bias`."""
         added = self.scoring.total_bias(bias, probs.device)
         return probs if added is None else probs + added
 
@@ -77,9 +78,9 @@ class Router:
             taken = experts.to(router_logits.device)[:, None]
             reduced = self.probabilities(router_logits.float().scatter(1, taken, -torch.inf))
             if ablation == "backfill":
-                return self.select(reduced, self._scores(reduced).scatter(1, taken, -torch.inf))
+                return self.select(reduced, self.scores(reduced).scatter(1, taken, -torch.inf))
             probs = self.probabilities(router_logits)
-            scores = self._scores(probs)
+            scores = self.scores(probs)
             weights, ids = self.select(probs, scores)
             removed = ids == taken
             affected = removed.any(dim=1, keepdim=True)
@@ -106,7 +107,7 @@ def rule_of(router: Router, layer: LayerRouting) -> Rule:
 
 def _fused(router: Router, layer: LayerRouting, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights from the score, renormalised."""
-    scores = router.probabilities(logits) + router.correction_bias.to(logits.device)
-    if layer.bias is not None:
-        scores = scores + layer.bias.to(logits.device)
+    probs = router.probabilities(logits)
+    bias = None if layer.bias is None else layer.bias.to(probs.device)
+    scores = router.scores(probs, bias)
     return reference.select(scores, scores, layer.top_k, replace(router.scoring, renormalize=True))

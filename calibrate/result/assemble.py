@@ -76,10 +76,7 @@ def assemble(
         rki=torch.tensor(rki).float(),
         sensitivity_hard=torch.tensor([mean for mean, _ in hard]),
         sensitivity_easy=torch.tensor([mean for mean, _ in easy]),
-        router_prob=torch.stack([
-            router.probabilities(logits[strata.hard]).double().mean(0).float()
-            for router, logits in zip(model.routers, base.router_logits, strict=True)
-        ]),
+        router_prob=_router_prob(model, base, strata.hard),
         swap_rate=torch.stack([
             swap_rates(router, logits, row)
             for router, logits, row in zip(model.routers, base.router_logits, cei, strict=True)
@@ -93,6 +90,14 @@ def assemble(
             versions={name: _version(name) for name in ("cor-vllm", "torch", "transformers")},
         ),
     )  # fmt: skip
+
+
+def _router_prob(model: MoeModel, base: Baseline, hard: torch.Tensor) -> torch.Tensor:
+    """[M, N] float32, mean router probability on the positions that `hard` [P] bool names."""
+    return torch.stack([
+        router.probabilities(logits[hard]).double().mean(0).float()
+        for router, logits in zip(model.routers, base.router_logits, strict=True)
+    ])  # fmt: skip
 
 
 def _compared(
