@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from cor_vllm import __version__
 from cor_vllm import scores as scores_file
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
 from cor_vllm.calibrate.interventions.checks import check_baseline, check_measured
@@ -33,6 +32,7 @@ from cor_vllm.calibrate.text.stratify import flat_mask, stratify
 from cor_vllm.fingerprint import read_routers
 from cor_vllm.metadata import ModelInfo
 from cor_vllm.scores import Scores
+from cor_vllm.version import __version__
 
 SAVE_FREELY = 1.0  # seconds: a state written faster than this is written after every step,
 SAVE_RATIO = 10  # a larger one not before the work since has taken this many times as long

@@ -1,6 +1,6 @@
 """Counterfactual Routing (CoR, arXiv 2604.14246) for mixture-of-experts models served by vLLM."""
 
-__version__ = "0.1.0"
+from cor_vllm.version import __version__ as __version__
 
 
 def register() -> None:

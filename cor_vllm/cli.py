@@ -5,11 +5,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cor_vllm import __version__
 from cor_vllm.calibrate.command import add_calibrate, run_calibrate
 from cor_vllm.commands import exits
 from cor_vllm.commands.arguments import given, path
 from cor_vllm.evaluate.command import add_evaluate, add_tune, run_evaluate, run_tune
+from cor_vllm.version import __version__
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from cor_vllm import __version__
 from cor_vllm.calibrate.config import CalibrationOptions
 from cor_vllm.calibrate.interventions.measurement import Baseline, LayerMeasurement
 from cor_vllm.calibrate.model.moe_model import MoeModel
@@ -28,6 +27,7 @@ from cor_vllm.metadata import (
 )
 from cor_vllm.modes import MODES, by_size, has_lambda
 from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
+from cor_vllm.version import __version__
 
 DEFAULT_SERVING = ServingInfo()
 

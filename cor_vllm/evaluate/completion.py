@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 
-from cor_vllm import __version__
 from cor_vllm.evaluate import runs
 from cor_vllm.evaluate.benchmarks import Benchmark, EvaluationError
 from cor_vllm.evaluate.conditions import Condition
@@ -17,6 +16,7 @@ from cor_vllm.evaluate.harness import canary, measure
 from cor_vllm.evaluate.options import Backend, EvaluateOptions, scores_path
 from cor_vllm.evaluate.runs import Run
 from cor_vllm.evaluate.verdict import chat_note, cut_note
+from cor_vllm.version import __version__
 
 Tasks = Mapping[Benchmark, dict[str, Any]]
 """benchmark → the harness's task objects"""

@@ -4,17 +4,18 @@ The front ends call the engine cores' methods (endpoint.py), which run between t
 those call their workers'. What they exchange is plain data, because vLLM sends no other.
 """
 
-import functools
 from typing import Any
 
-from cor_vllm import __version__
+from cor_vllm.live.prefix_cache import current, renew_salt
 from cor_vllm.scores import ScoresError
 from cor_vllm.serve.config import ConfigError, CorConfig
-from cor_vllm.serve.process import config_of, doubts_of, layers_of, scores_of
+from cor_vllm.serve.layers import kernel_name, moe_layers
+from cor_vllm.serve.process import doubts_of, layers_of, scores_of
+from cor_vllm.version import __version__
 
 
-def install() -> None:
-    """Give vLLM's workers and engine cores our methods, and the prefix cache its key."""
+def give_methods() -> None:
+    """Give vLLM's workers and engine cores our methods."""
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker.worker_base import WorkerBase
 
@@ -26,15 +27,6 @@ def install() -> None:
     EngineCore.cor_counts = core_counts
     EngineCore.cor_check = core_check
     EngineCore.cor_change = core_change
-    _wrap_requests(EngineCore)
-
-
-def _current(owner: Any) -> CorConfig | None:
-    """The options that a worker or an engine core follows now: those of its start, or of the last change."""
-    if "cor_config" not in vars(owner):
-        owner.cor_config = config_of(owner.vllm_config)
-    config: CorConfig | None = owner.cor_config
-    return config
 
 
 # ---- worker
@@ -44,17 +36,13 @@ def _moe_layers(worker: Any) -> list[tuple[int, str, Any]]:
     """Decoder layer number, name and runner of every MoE layer that this worker holds."""
     from vllm.model_executor.models.utils import extract_layer_index
 
-    from cor_vllm.verify import probe
-
-    layers = probe.moe_layers(worker.get_model())
-    return [(extract_layer_index(name), name, runner) for name, runner in layers.items()]
+    found = moe_layers(worker.get_model())
+    return [(extract_layer_index(name), name, runner) for name, runner in found.items()]
 
 
 def worker_status(worker: Any) -> dict[str, Any]:
     """What this worker routes by, read off its layers; nothing is read from the device."""
-    from cor_vllm.verify import probe
-
-    config = _current(worker)
+    config = current(worker)
     assert config is not None, "asked only where the engine is ours"
     model = scores_of(config).config.model
     return {
@@ -69,7 +57,7 @@ def worker_status(worker: Any) -> dict[str, Any]:
                 "layer": index,
                 "name": name,
                 "router": type(runner.router).__name__,
-                "kernel": probe.kernel_name(runner),
+                "kernel": kernel_name(runner),
                 "k": runner.router.top_k,
                 "lambda": runner.router.layer.lambda_,
                 "biased": runner.router.layer.biased,
@@ -139,7 +127,7 @@ def core_check(core: Any, lambda_: float | None, mode: str | None) -> str:
             "the server to change the routing"
         )
     try:
-        config = _current(core)
+        config = current(core)
         assert config is not None, "asked only where the engine is ours"
         config = config.changed(lambda_, mode)
     except ConfigError as error:
@@ -156,7 +144,7 @@ def core_change(core: Any, lambda_: float | None, mode: str | None) -> str:
     """
     if refused := core_check(core, lambda_, mode):
         return refused
-    config = _current(core)
+    config = current(core)
     assert config is not None, "core_check said so"
     changed = config.changed(lambda_, mode)
     if changed == config:
@@ -165,53 +153,5 @@ def core_change(core: Any, lambda_: float | None, mode: str | None) -> str:
     core.cor_config = changed
     core.reset_prefix_cache(reset_running_requests=True)
     for request in core.scheduler.requests.values():
-        _renew_salt(core, request)
+        renew_salt(core, request)
     return ""
-
-
-# ---- prefix cache
-
-
-def _wrap_requests(core_class: Any) -> None:
-    """Every request's blocks are hashed with the routing that fills them, beside the user's own cache_salt.
-
-    vLLM chains block hashes from the first block on, which includes the salt. Two scores files, or on and
-    off, so never share a block, in this engine or in an external store of blocks.
-    """
-    preprocess_add_request = core_class.preprocess_add_request
-    add_request = core_class.add_request
-
-    @functools.wraps(preprocess_add_request)
-    def preprocess(self: Any, request: Any) -> Any:
-        if salt := _salt(self):
-            request.cache_salt = salt + (request.cache_salt or "")
-        return preprocess_add_request(self, request)
-
-    @functools.wraps(add_request)
-    def add(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        # The routing may have changed since another thread prepared the request.
-        _renew_salt(self, request)
-        return add_request(self, request, *args, **kwargs)
-
-    core_class.preprocess_add_request = preprocess
-    core_class.add_request = add
-
-
-def _salt(core: Any) -> str:
-    config = _current(core)
-    return "" if config is None else _digest(config)
-
-
-@functools.lru_cache(maxsize=4)
-def _digest(config: CorConfig) -> str:
-    return config.routing_digest()
-
-
-def _renew_salt(core: Any, request: Any) -> None:
-    """Hash a request's blocks anew where they were hashed under another routing."""
-    salt = _salt(core)
-    if not salt or request.cache_salt.startswith(salt):
-        return
-    request.cache_salt = salt + request.cache_salt[len(salt) :]
-    request.block_hashes = []
-    request.update_block_hashes()

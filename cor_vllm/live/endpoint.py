@@ -7,6 +7,7 @@ is below /v1, which vLLM's --api-key guards.
 import asyncio
 import functools
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,21 +22,18 @@ MAX_BODY_BYTES = 4096
 COUNT_SECONDS = 5.0  # between two readings of the device counters
 
 
-def install() -> None:
-    """Attach the endpoint wherever counterfactual routing is configured.
+def load_endpoint_plugins(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """vLLM's loader of endpoint plugins, which then brings ours, too.
 
-    vLLM loads endpoint plugins only if VLLM_PLUGINS names them, which would leave out all other plugins that
-    it does not name. Its one caller imports the loader when it calls it, so that wrapping is enough.
+    Alone it loads endpoint plugins only if VLLM_PLUGINS names them, which would leave out all other plugins
+    that it does not name.
     """
-    import vllm.plugins
 
-    load_endpoint_plugins = vllm.plugins.load_endpoint_plugins
-
-    @functools.wraps(load_endpoint_plugins)
+    @functools.wraps(original)
     def load(*args: Any, **kwargs: Any) -> list[Any]:
-        return [*load_endpoint_plugins(*args, **kwargs), CorEndpoint()]
+        return [*original(*args, **kwargs), CorEndpoint()]
 
-    vllm.plugins.load_endpoint_plugins = load
+    return load
 
 
 class Engines:

@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -19,25 +20,16 @@ STABLE_LAMBDA = (0.05, 0.2)  # the range that the paper calls stable
 
 
 class CorOptions(dict[str, Any]):
-    """`additional_config["cor"]` on its way to other processes: who receives it installs the plugin.
+    """`additional_config["cor"]` on its way to other processes, where its arrival installs the plugin.
 
     vLLM sends its configuration to the engine and the workers by pickle, but a process that does not load
     plugins (VLLM_PLUGINS) would take no notice of these options and serve the model's own routing.
     """
 
+    arrive: ClassVar[Callable[[dict[str, Any]], "CorOptions"]]  # plugin.arrive, set by plugin.install
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrive, (dict(self),)
-
-
-def _arrive(options: dict[str, Any]) -> CorOptions:
-    from cor_vllm import register
-
-    if disabled():
-        raise ConfigError(
-            "COR_DISABLE is set in a worker but not where the engine was configured: set it in both or none"
-        )
-    register()
-    return CorOptions(options)
+        return CorOptions.arrive, (dict(self),)
 
 
 def disabled() -> bool:

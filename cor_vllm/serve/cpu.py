@@ -28,13 +28,13 @@ _ROTARY = (
 )
 
 
-def mend(engine: "EngineArgs") -> list[str]:
+def mend(engine_args: "EngineArgs") -> list[str]:
     """Choose what the model needs on this machine, for commands that start an engine of their own.
 
     What the user has chosen stays.
 
     Args:
-        engine: changed in place.
+        engine_args: changed in place.
 
     Returns:
         One line for each change: what it is, why, and that a server needs it, too.
@@ -43,11 +43,15 @@ def mend(engine: "EngineArgs") -> list[str]:
 
     if not current_platform.is_cpu():
         return []
-    model, lines = engine.create_model_config(), []
-    if engine.attention_backend is None and engine.attention_config.backend is None and _dies(model, None):
-        engine.attention_backend = BACKEND
+    model, lines = engine_args.create_model_config(), []
+    if (
+        engine_args.attention_backend is None
+        and engine_args.attention_config.backend is None
+        and _dies(model, None)
+    ):
+        engine_args.attention_backend = BACKEND
         lines.append(f"{_AMX}: started with {BACKEND_FLAG}, which a server needs, too")
-    operations = engine.compilation_config.custom_ops
+    operations = engine_args.compilation_config.custom_ops
     if _rotates_unscaled(model) and not {f"+{ROTARY}", f"-{ROTARY}"} & set(operations):
         operations.append(f"-{ROTARY}")
         lines.append(f"{_ROTARY}: started with {ROTARY_FLAG}, which a server needs, too")
@@ -67,33 +71,36 @@ def mended_arguments(model: str, given: dict[str, Any]) -> tuple[dict[str, Any],
     from vllm.engine.arg_utils import EngineArgs
 
     known = {field.name for field in dataclasses.fields(EngineArgs)}
-    engine = EngineArgs(model=model, **{name: value for name, value in given.items() if name in known})
-    lines = mend(engine)
+    engine_args = EngineArgs(model=model, **{name: value for name, value in given.items() if name in known})
+    lines = mend(engine_args)
     if not lines:
         return given, []
-    changed = {"attention_backend": engine.attention_backend, "compilation_config": engine.compilation_config}
+    changed = {
+        "attention_backend": engine_args.attention_backend,
+        "compilation_config": engine_args.compilation_config,
+    }
     return given | changed, lines
 
 
-def refusal(engine: "VllmConfig") -> str | None:
+def refusal(vllm_config: "VllmConfig") -> str | None:
     """Why this engine would die while it loads or at its first request; None if it would not."""
     from vllm.platforms import current_platform
 
-    model = engine.model_config
-    if not current_platform.is_cpu() or not _dies(model, engine.attention_config.backend):
+    model = vllm_config.model_config
+    if not current_platform.is_cpu() or not _dies(model, vllm_config.attention_config.backend):
         return None
     dtype = str(model.dtype).removeprefix("torch.")
     return f"{_AMX}, and the dtype is {dtype}: add {BACKEND_FLAG}, or --dtype bfloat16"
 
 
-def warnings(engine: "VllmConfig") -> list[str]:
+def warnings(vllm_config: "VllmConfig") -> list[str]:
     """One line for each way in which this engine will be wrong, with the remedy."""
     from vllm.platforms import current_platform
 
     wrong = (
         current_platform.is_cpu()
-        and _rotates_unscaled(engine.model_config)
-        and engine.compilation_config.is_custom_op_enabled(ROTARY)
+        and _rotates_unscaled(vllm_config.model_config)
+        and vllm_config.compilation_config.is_custom_op_enabled(ROTARY)
     )
     return [f"{_ROTARY}: add {ROTARY_FLAG}"] if wrong else []
 

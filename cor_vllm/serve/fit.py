@@ -25,41 +25,41 @@ class MisfitError(CorError):
     """A scores file of another model, or an engine that cannot be routed: one line with cause and remedy."""
 
 
-def check(config: CorConfig, scores: Scores, engine: "VllmConfig") -> None:
+def check(config: CorConfig, scores: Scores, vllm_config: "VllmConfig") -> None:
     """Refuse what cannot be right.
 
     Raises:
         MisfitError: the file is another model's, or a feature of the engine would bypass the routing.
     """
-    _check_engine(engine)
-    _check_model(config.scores, scores, engine.model_config)
-    _check_checkpoint(config.scores, scores, engine)
+    _check_engine(vllm_config)
+    _check_model(config.scores, scores, vllm_config.model_config)
+    _check_checkpoint(config.scores, scores, vllm_config)
 
 
-def _check_engine(engine: "VllmConfig") -> None:
-    model = engine.model_config
+def _check_engine(vllm_config: "VllmConfig") -> None:
+    model = vllm_config.model_config
     if model.using_transformers_backend():
         raise MisfitError(
             "the Transformers backend routes in its own code, which counterfactual routing cannot reach: "
             "leave out --model-impl transformers"
         )
-    speculative = engine.speculative_config
+    speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method not in _WITHOUT_DRAFT_MODEL:
         raise MisfitError(
             f"speculative decoding by {speculative.method!r} is not supported with counterfactual routing (a "
             "draft model's expert layers would be routed by another model's scores): use one of "
             f"{', '.join(_WITHOUT_DRAFT_MODEL)}, or leave out --speculative-config"
         )
-    if engine.parallel_config.enable_elastic_ep:
+    if vllm_config.parallel_config.enable_elastic_ep:
         raise MisfitError(
             "elastic expert parallelism starts ranks that get their weights from other ranks, unnoticed by "
             "counterfactual routing: leave out --enable-elastic-ep"
         )
-    if engine.parallel_config.all2all_backend == "flashinfer_nvlink_one_sided":
+    if vllm_config.parallel_config.all2all_backend == "flashinfer_nvlink_one_sided":
         raise MisfitError(
             "all2all backend 'flashinfer_nvlink_one_sided' needs one top_k for all layers: choose another"
         )
-    if reason := cpu.refusal(engine):
+    if reason := cpu.refusal(vllm_config):
         raise MisfitError(reason)
 
 
@@ -81,8 +81,8 @@ def _compare(path: str, field: str, in_file: object, in_model: object, more: str
         )
 
 
-def _check_checkpoint(path: str, scores: Scores, engine: "VllmConfig") -> None:
-    load_format = format_of(engine)
+def _check_checkpoint(path: str, scores: Scores, vllm_config: "VllmConfig") -> None:
+    load_format = format_of(vllm_config)
     if load_format == "dummy":
         logger.warning("CoR: dummy weights, so the scores file's fingerprint is not compared")
         return
@@ -91,16 +91,16 @@ def _check_checkpoint(path: str, scores: Scores, engine: "VllmConfig") -> None:
             f"load format {load_format!r}: its routers cannot be compared with the scores file; "
             f"load the safetensors checkpoint ({', '.join(_SAFETENSORS_FORMATS)})"
         )
-    for line in compare_files(path, scores, engine, loader_files(engine)):
+    for line in compare_files(path, scores, vllm_config, loader_files(vllm_config)):
         logger.warning("CoR: %s", line)
 
 
-def format_of(engine: "VllmConfig") -> str:
+def format_of(vllm_config: "VllmConfig") -> str:
     """The name of the engine's load format."""
-    return str(getattr(engine.load_config.load_format, "value", engine.load_config.load_format))
+    return str(getattr(vllm_config.load_config.load_format, "value", vllm_config.load_config.load_format))
 
 
-def compare_files(path: str, scores: Scores, engine: "VllmConfig", files: list[Path]) -> list[str]:
+def compare_files(path: str, scores: Scores, vllm_config: "VllmConfig", files: list[Path]) -> list[str]:
     """Compare the routers in the files that the engine's loader loads with those of the scores file.
 
     Args:
@@ -114,11 +114,11 @@ def compare_files(path: str, scores: Scores, engine: "VllmConfig", files: list[P
         MisfitError: they are another model's.
         FingerprintError: the files cannot be read.
     """
-    layers = engine.model_config.get_total_num_hidden_layers()
+    layers = vllm_config.model_config.get_total_num_hidden_layers()
     return _compare_routers(path, scores, routers_of(files, layers))
 
 
-def loader_files(engine: "VllmConfig") -> list[Path]:
+def loader_files(vllm_config: "VllmConfig") -> list[Path]:
     """The files that vLLM's loader loads, in its order: found, and downloaded if need be, by the loader.
 
     Raises:
@@ -127,9 +127,9 @@ def loader_files(engine: "VllmConfig") -> list[Path]:
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.weight_utils import _natural_sort_key
 
-    model = engine.model_config
+    model = vllm_config.model_config
     try:
-        folder, files, safetensors, _ = get_model_loader(engine.load_config)._prepare_weights(
+        folder, files, safetensors, _ = get_model_loader(vllm_config.load_config)._prepare_weights(
             model.model,
             subfolder=None,
             revision=model.revision,

@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-def config_of(engine: "VllmConfig") -> CorConfig | None:
+def config_of(vllm_config: "VllmConfig") -> CorConfig | None:
     """The options that the engine was started with, resolved; None where it is none of ours.
 
     Raises:
         ConfigError: options that no front end with the plugin has seen.
     """
-    additional = engine.additional_config
+    additional = vllm_config.additional_config
     options = additional.get("cor") if isinstance(additional, dict) else None
     if options is None:
         return None

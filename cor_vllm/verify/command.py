@@ -71,9 +71,9 @@ def _load(model: str, scores: str, flags: list[str]) -> tuple[Any, list[str]]:
     # Eager: what a CUDA graph or a compiled model does cannot be watched from Python.
     args = parser.parse_args(["--model", model, "--cor-scores", scores, *SMALL, *flags, "--enforce-eager"])
     try:
-        engine = EngineArgs.from_cli_args(args)
-        changes = cpu.mend(engine)
-        return LLM.from_engine_args(engine), changes
+        engine_args = EngineArgs.from_cli_args(args)
+        changes = cpu.mend(engine_args)
+        return LLM.from_engine_args(engine_args), changes
     except (ValueError, RuntimeError, OSError) as error:
         raise VerifyError(cause(error)) from error
 

@@ -8,6 +8,7 @@ import torch
 from cor_vllm.checkpoint import RouterTensors, router_layers
 from cor_vllm.copies import RETRAINED
 from cor_vllm.serve.fit import MisfitError, compare_files, format_of, loader_files
+from cor_vllm.serve.layers import gates, moe_layers
 from cor_vllm.serve.process import config_of, scores_of
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ RELATIVE, ABSOLUTE = 2.0**-8, 2.0**-24
 _ROWS = 1024  # of the identity matrix at a time
 
 
-def check_loaded(model: torch.nn.Module, engine: "VllmConfig") -> None:
+def check_loaded(model: torch.nn.Module, vllm_config: "VllmConfig") -> None:
     """Compare the loader's files with the scores file in this process, and the routers in memory with them.
 
     The front end has compared the files before the start; they may have changed since, or differ on this
@@ -33,15 +34,15 @@ def check_loaded(model: torch.nn.Module, engine: "VllmConfig") -> None:
         MisfitError: the routers of some layers are others.
         FingerprintError: the files cannot be read.
     """
-    config = config_of(engine)
-    if config is None or format_of(engine) == "dummy":
+    config = config_of(vllm_config)
+    if config is None or format_of(vllm_config) == "dummy":
         return
-    files = loader_files(engine)  # asked once: for a hub id the loader looks the files up
-    compare_files(config.scores, scores_of(config), engine, files)
-    gates = _gates(model)
+    files = loader_files(vllm_config)  # asked once: for a hub id the loader looks the files up
+    compare_files(config.scores, scores_of(config), vllm_config, files)
+    held = _gates(model)
     other, quantised = [], []
-    for router in router_layers(files, engine.model_config.get_total_num_hidden_layers()):
-        if (gate := gates.pop(router.layer, None)) is None:
+    for router in router_layers(files, vllm_config.model_config.get_total_num_hidden_layers()):
+        if (gate := held.pop(router.layer, None)) is None:
             continue  # on another pipeline stage
         if _is_unquantised(gate):
             if not _is_same(router, gate):
@@ -50,10 +51,10 @@ def check_loaded(model: torch.nn.Module, engine: "VllmConfig") -> None:
             quantised.append(router.layer)
         else:
             other.append(router.layer)
-    if other or gates:
+    if other or held:
         raise MisfitError(
-            f"{engine.model_config.model}: the engine has loaded other routers in decoder layers "
-            f"{sorted(other + list(gates))} than its files hold, and the scores file was compared with the "
+            f"{vllm_config.model_config.model}: the engine has loaded other routers in decoder layers "
+            f"{sorted(other + list(held))} than its files hold, and the scores file was compared with the "
             "files; start again, and keep the files as they are meanwhile"
         )
     if quantised:
@@ -68,13 +69,11 @@ def _gates(model: torch.nn.Module) -> dict[int, Any]:
     """The linear layer that makes the router logits, by decoder layer number."""
     from vllm.model_executor.models.utils import extract_layer_index
 
-    from cor_vllm.verify import probe
-
-    gates = probe.gates(model)
-    for name in probe.moe_layers(model):
-        if name not in gates:
+    found = gates(model)
+    for name in moe_layers(model):
+        if name not in found:
             raise MisfitError(f"{name}: no router next to the experts; this model is not supported")
-    return {extract_layer_index(name): gate for name, gate in gates.items()}
+    return {extract_layer_index(name): gate for name, gate in found.items()}
 
 
 def _is_unquantised(gate: Any) -> bool:

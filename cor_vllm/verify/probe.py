@@ -11,6 +11,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from cor_vllm.kernels.dispatch import route
 from cor_vllm.kernels.scoring import Scoring
+from cor_vllm.serve.layers import gates, kernel_name, moe_layers
 from cor_vllm.serve.router import CorRouter
 
 ROWS = 256  # tokens that are kept per layer
@@ -42,18 +43,6 @@ class LayerRecord:
     exact_ids: torch.Tensor | None = None  # [T, top_k] what it makes of them when they come in float32
     exact_weights: torch.Tensor | None = None  # [T, top_k] float32, likewise
     unbiased_ids: torch.Tensor | None = None  # [T, top_k] what our routing step makes of them with λ = 0
-
-
-def moe_layers(model: torch.nn.Module) -> dict[str, MoERunner]:
-    """Every MoE layer of the model by its name, in order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MoERunner)}
-
-
-def kernel_name(runner: MoERunner) -> str:
-    """The class that computes a layer's experts, as far as vLLM names one; its quantisation method else."""
-    method = runner.routed_experts.quant_method
-    experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
-    return type(method if experts is None else experts).__name__
 
 
 def describe(name: str, runner: MoERunner) -> LayerRecord:
@@ -127,18 +116,6 @@ def ask_routers(model: torch.nn.Module) -> list[LayerRecord]:
         _add_stock(record, runner.router)
         records.append(record)
     return records
-
-
-def gates(model: torch.nn.Module) -> dict[str, Any]:
-    """The linear layer that makes the router logits of each MoE layer, by the MoE layer's name."""
-    found = {}
-    for name in moe_layers(model):
-        block = model.get_submodule(name.removesuffix(".base_layer").rpartition(".")[0])
-        gate = getattr(block, "gate", None)
-        gate = getattr(block, "router", None) if gate is None else gate
-        if gate is not None:
-            found[name] = getattr(gate, "base_layer", gate)  # below a LoRA adapter
-    return found
 
 
 def ask_gates(model: torch.nn.Module) -> dict[str, torch.Tensor]:

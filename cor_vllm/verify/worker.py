@@ -3,27 +3,27 @@
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cor_vllm.plugin import RoutingError, finish
 from cor_vllm.serve.config import CorConfig
 from cor_vllm.serve.fit import format_of
+from cor_vllm.serve.layers import RoutingError, finish
 from cor_vllm.serve.process import config_of, layers_of, scores_of
 from cor_vllm.verify.judge import as_rows, fault_of, first_problem, judge
 from cor_vllm.verify.loaded import check_loaded
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
-def install() -> None:
-    """Add the check at start and the methods for collective_rpc to vLLM's workers."""
-    from vllm.v1.worker.worker_base import WorkerBase
 
-    init = WorkerBase.__init__
+def init(original: Callable[..., None]) -> Callable[..., None]:
+    """WorkerBase.__init__, after which the worker checks its own routing whenever it has got weights."""
 
-    @functools.wraps(init)
+    @functools.wraps(original)
     def init_with_cor(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
+        original(self, *args, **kwargs)
         config = config_of(self.vllm_config)
         if config is None:
             return
@@ -36,7 +36,13 @@ def install() -> None:
             _checked_start, self, self.determine_available_memory
         )
 
-    WorkerBase.__init__ = init_with_cor
+    return init_with_cor
+
+
+def give_methods() -> None:
+    """Give vLLM's workers the methods that `cor-vllm verify` calls by collective_rpc."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
     WorkerBase.cor_probe_begin = _probe_begin
     WorkerBase.cor_probe_end = _probe_end
 
@@ -84,12 +90,12 @@ def _checked_start(worker: Any, determine_available_memory: Any) -> Any:
     return result
 
 
-def _runs_in_python(engine: Any) -> bool:
+def _runs_in_python(vllm_config: "VllmConfig") -> bool:
     """A model that is compiled for the CPU contains its routing; on a GPU the MoE layer is an opaque op."""
     from vllm.config import CompilationMode
     from vllm.platforms import current_platform
 
-    return not current_platform.is_cpu() or engine.compilation_config.mode == CompilationMode.NONE
+    return not current_platform.is_cpu() or vllm_config.compilation_config.mode == CompilationMode.NONE
 
 
 def _has_weights(worker: Any) -> bool:

@@ -26,6 +26,11 @@ def test_the_names_that_compat_knows_this_version_by(variables):
     assert compat.SUBSTITUTED_EXPERTS in run(variables, "-c", code).split()
 
 
+def test_every_name_that_the_plugin_wraps_or_reads_is_there(variables):
+    """serve/seams.py, and no row is left out as one of a later version."""
+    assert " skipped" not in run(variables, "-m", "pytest", "-q", "tests/unit/test_seams.py")
+
+
 def test_parity(variables):
     """Against transformers, and bit-identical with λ = 0; the features that reach deepest into vLLM."""
     families = " or ".join(FAMILIES)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from cor_vllm import plugin, scores
-from cor_vllm.plugin import RoutingError
+from cor_vllm import scores
+from cor_vllm.serve.layers import RoutingError, finish
 from cor_vllm.testing import tiny_models
 from cor_vllm.testing.make_scores import make
 from tests import cores
@@ -84,9 +84,9 @@ def test_stages(model, cor, monkeypatch):
     layers = dict.fromkeys(range(4))
     for rank, held in enumerate(((0, 1), (0, 1), (2, 3), (2, 3))):
         engine.parallel_config.rank = rank
-        plugin.finish(stage(*held), engine, layers)
+        finish(stage(*held), engine, layers)
         with pytest.raises(RoutingError, match=rf"decoder layers \[{held[0]}\]: the scores file has them"):
-            plugin.finish(stage(held[1]), engine, layers)
+            finish(stage(held[1]), engine, layers)
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True])

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cor_vllm import plugin, scores
-from cor_vllm.plugin import RoutingError
 from cor_vllm.scores import ScoresError
 from cor_vllm.serve import compat, fit
 from cor_vllm.serve.config import ConfigError
 from cor_vllm.serve.fit import MisfitError
+from cor_vllm.serve.layers import RoutingError
 from cor_vllm.testing.make_scores import config_of, make
 from tests.parity.engine import ENGINE, generate
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from cor_vllm import scores
 from cor_vllm.cli import main
 from cor_vllm.kernels.scoring import Scoring
-from cor_vllm.plugin import RoutingError
+from cor_vllm.serve.layers import RoutingError, gates
 from cor_vllm.serve.router import CorRouter
 from cor_vllm.testing.make_scores import config_of, make
 from cor_vllm.verify import command as verify
@@ -157,7 +157,7 @@ LOGITS = {  # what a router may make of its input, and what is said
 def test_a_router_that_does_not_look_at_the_token(engine, monkeypatch, made):
     """The selection is right, for it is the selection of such logits."""
     change, says = LOGITS[made]
-    (gate,) = engine.apply_model(lambda model: probe.gates(model)["model.layers.1.mlp.experts"])
+    (gate,) = engine.apply_model(lambda model: gates(model)["model.layers.1.mlp.experts"])
     forward = gate.forward
 
     def changed(hidden):

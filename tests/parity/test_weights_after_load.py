@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cor_vllm.plugin import RoutingError
+from cor_vllm.serve.layers import RoutingError
 from cor_vllm.testing import tiny_models
 from cor_vllm.testing.make_scores import make
 from tests.parity.engine import Completion, answer, generate, start

@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tools import structure
+
 ROOT = Path(__file__).parents[2]
 VLLM_SIDE = ("cor_vllm.plugin", "cor_vllm.serve", "cor_vllm.live", "cor_vllm.verify")  # may name vllm
-NEVER_VLLM = {"config.py", "flags.py", "process.py", "observe.py", "state.py", "judge.py"}  # of these
+NEVER_VLLM = {  # of these
+    "config.py", "flags.py", "process.py", "observe.py", "seams.py", "compat.py", "state.py",
+    "prefix_cache.py", "judge.py",
+}  # fmt: skip
 
 
 def imported(file: Path) -> set[str]:
@@ -65,12 +70,27 @@ def test_the_calibrator_never_imports_vllm(file):
 def test_only_the_wings_of_the_server_import_vllm(file):
     """Only serve, live and verify name vLLM, and only evaluate, like the calibrator, transformers."""
     room = file.relative_to(ROOT / "cor_vllm").parts[0]
-    if room not in ("plugin.py", "serve", "live", "verify", "evaluate", "testing") or file.name in NEVER_VLLM:
+    if room not in ("serve", "live", "verify", "evaluate", "testing") or file.name in NEVER_VLLM:
         assert "vllm" not in roots(file)
     if room not in ("cli.py", "evaluate", "testing"):
         assert not any(n.startswith(("cor_vllm.calibrate", "cor_vllm.evaluate")) for n in imported(file))
     if room not in ("evaluate", "testing"):
         assert "transformers" not in roots(file)
+
+
+@pytest.mark.parametrize("file", files("cor_vllm/serve", "cor_vllm/live"), ids=name)
+def test_a_server_starts_and_runs_without_the_room_that_doubts_it(file):
+    assert not any(n.startswith("cor_vllm.verify") for n in modules(file))
+    if file.parent.name == "serve":
+        assert not any(n.startswith("cor_vllm.live") for n in modules(file))
+
+
+def test_no_modules_of_the_product_import_each_other_in_a_circle():
+    """Imports inside functions and those for type checkers count, too."""
+    known = structure.modules(ROOT)
+    graph = {name: structure.imports(module, known) for name, module in known.items()}
+    circles = structure.circles(graph)
+    assert not [circle for circle in circles if circle[0].split(".")[0] in structure.PRODUCT]
 
 
 @pytest.mark.parametrize("file", files("cor_vllm/evaluate"), ids=name)

@@ -57,7 +57,7 @@ def test_the_package_asks_for_the_same_range():
     assert f"vllm>={lowest},<{above}" in extras["gpu"]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "cor_vllm").glob("*.py")), ids=lambda f: f.name)
+@pytest.mark.parametrize("file", sorted((ROOT / "cor_vllm").rglob("*.py")), ids=lambda f: f.name)
 def test_no_other_file_asks_for_versions(file):
     """A comment may name a version; code that acts on one belongs into compat.py."""
     if file.name == "compat.py":

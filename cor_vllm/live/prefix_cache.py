@@ -1,0 +1,64 @@
+"""The prefix cache's key: every request's blocks are hashed with the routing that fills them.
+
+vLLM chains block hashes from the first block on, which includes the request's `cache_salt`. Ours stands
+before the user's own. Two scores files, or on and off, therefore never share a block, in this engine or in
+an external store of blocks.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from cor_vllm.serve.config import CorConfig
+from cor_vllm.serve.process import config_of
+
+
+def preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    """EngineCore.preprocess_add_request, which hashes a request's blocks, with our salt on the request."""
+
+    @functools.wraps(original)
+    def preprocess(core: Any, request: Any) -> Any:
+        if salt := _salt(core):
+            request.cache_salt = salt + (request.cache_salt or "")
+        return original(core, request)
+
+    return preprocess
+
+
+def add_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    """EngineCore.add_request: the routing may have changed since another thread prepared the request."""
+
+    @functools.wraps(original)
+    def add(core: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        renew_salt(core, request)
+        return original(core, request, *args, **kwargs)
+
+    return add
+
+
+def current(owner: Any) -> CorConfig | None:
+    """The options that a worker or an engine core follows now: those of its start, or of the last change."""
+    if "cor_config" not in vars(owner):
+        owner.cor_config = config_of(owner.vllm_config)
+    config: CorConfig | None = owner.cor_config
+    return config
+
+
+def renew_salt(core: Any, request: Any) -> None:
+    """Hash a request's blocks anew if they were hashed under another routing than that of its engine core."""
+    salt = _salt(core)
+    if not salt or request.cache_salt.startswith(salt):
+        return
+    request.cache_salt = salt + request.cache_salt[len(salt) :]
+    request.block_hashes = []
+    request.update_block_hashes()
+
+
+def _salt(core: Any) -> str:
+    config = current(core)
+    return "" if config is None else _digest(config)
+
+
+@functools.lru_cache(maxsize=4)
+def _digest(config: CorConfig) -> str:
+    return config.routing_digest()
