@@ -9,6 +9,7 @@ from cor_vllm.calibrate.command import add_calibrate, run_calibrate
 from cor_vllm.commands import exits
 from cor_vllm.commands.arguments import given, path
 from cor_vllm.evaluate.command import add_evaluate, add_tune, run_evaluate, run_tune
+from cor_vllm.evaluate.report_command import add_report, run_report
 from cor_vllm.version import __version__
 
 
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plot(commands)
     _add_verify(commands)
     add_evaluate(commands).set_defaults(handler=run_evaluate)
+    add_report(commands).set_defaults(handler=run_report)
     add_tune(commands).set_defaults(handler=run_tune)
     return parser
 

@@ -32,7 +32,8 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="NAME=FILE",
         type=_pair,
         help="a further scores file, whose conditions are named layer@NAME, expert@NAME, full@NAME …: for "
-        "other choices of the calibration",
+        "other choices of the calibration. Names that differ in a number at the end alone, like facts0 and "
+        "facts1, are draws of one calibration: the table also has their mean",
     )
     add("--cor-lambda", type=float, metavar="L", help="λ of expert and full (default: the file's)")
     add(

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cor_vllm.evaluate import runs
+from cor_vllm.evaluate import acts, runs
 from cor_vllm.evaluate.benchmarks import Benchmark, EvaluationError
 from cor_vllm.evaluate.conditions import Condition
 from cor_vllm.evaluate.harness import canary, measure
@@ -33,12 +33,15 @@ def new_run(
         "scores": _digest(options, condition),
         "limit": options.limit,
         "seed": options.seed,
-        "gate": condition.gate,
+        "gate": acts.GATES.get(condition.act),
         **settings,
     }
     return Run(
         condition=condition.name,
         description=condition.description,
+        control_of=condition.control_of,
+        draw_of=condition.draw_of,
+        static=condition.static,
         key=runs.key_of({**settings, "condition": condition.name}),
         model=Path(options.model).name if Path(options.model).exists() else options.model,
         backend=backend,

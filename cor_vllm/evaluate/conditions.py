@@ -3,47 +3,43 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from cor_vllm.evaluate import acts
 from cor_vllm.evaluate.benchmarks import EvaluationError
 from cor_vllm.modes import MODES, by_size, has_lambda
 from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
 
-Gate = Literal["router", "output"]
 STANDARD, AGAIN = "standard", "standard-again"
 PERMUTATIONS = 3  # by default
 SWAP_RATES = (0.05, 0.15)
 
+Sources = dict[str, Scores]
+"""The scores files: the main one under "", others by the name given with --also."""
+
 
 @dataclass(frozen=True)
 class Condition:
-    """One row of the table."""
+    """One row of the table: what it does, and what it is to other rows."""
 
     name: str
     description: str
     options: dict[str, Any] | None = None  # `additional_config["cor"]` less `scores`; None: no plugin at all
     change: Callable[[Scores], Scores] | None = None  # what is done to the scores first
     source: str = ""  # which scores file; "" is --cor-scores
-    # The rest only exists on the transformers side.
-    gate: Gate | None = None  # the bias only where this is uncertain
-    dola: bool = False
-    iti: bool = False
+    act: acts.Act = acts.routing  # what is done to a model of transformers; a server can only route
+    control_of: str | None = None  # the row that this one is with CEI permuted
+    draw_of: str | None = None  # the name that rows share if only a draw differs; their mean has it
+    static: bool = False  # as many experts in every layer, by the model's own score
 
     @property
     def transformers_only(self) -> bool:
         """Whether a server cannot do it."""
-        return self.gate is not None or self.dola or self.iti
-
-
-@dataclass(frozen=True)
-class Sources:
-    """The scores files: the main one under "", others by the name given with --also."""
-
-    scores: dict[str, Scores] = field(default_factory=dict)
+        return self.act is not acts.routing
 
 
 @dataclass(frozen=True)
@@ -106,9 +102,24 @@ def modes(biased: dict[str, Any]) -> list[Condition]:
     ]
 
 
-# What the names of the other conditions look like; a server's own name must not.
+# What the names of rows look like that only a scores file defines; a server's own name must not.
 DEFINED_BY_A_FILE = ("static-*", "expert-lambda*", "expert-swap*", "*-permuted*", "random-bias", "*@*")
-NOT_ON_A_SERVER = ("gate-router", "gate-output", "dola", "iti", "full-dola")
+
+
+def on_transformers(biased: dict[str, Any]) -> list[Condition]:
+    """The conditions that no server can do.
+
+    Args:
+        biased: how λ is set.
+    """
+    expert, full = {"mode": "expert", **biased}, {"mode": "full", **biased}
+    return [
+        Condition("gate-router", "expert where the router is uncertain", expert, act=acts.router_gate),
+        Condition("gate-output", "expert where the output is uncertain", expert, act=acts.output_gate),
+        Condition("dola", "DoLa", act=acts.dola),
+        Condition("iti", "ITI", act=acts.iti),
+        Condition("full-dola", "full and DoLa", full, act=acts.dola),
+    ]
 
 
 def table(sources: Sources, lam: float, permutations: int = PERMUTATIONS) -> list[Condition]:
@@ -119,70 +130,84 @@ def table(sources: Sources, lam: float, permutations: int = PERMUTATIONS) -> lis
         lam: λ where a condition does not set its own.
         permutations: of the CEI of each file.
     """
-    main = sources.scores[""]
+    main = sources[""]
     biased = {"lambda": lam}
-    rows = modes(biased)
-    for seed in range(permutations):
-        rows.append(
-            Condition(
-                f"expert-permuted-{seed}",
-                "expert with CEI permuted within layers",
-                {"mode": "expert", **biased},
-                Permuted(seed),
-            )
-        )
-    rows.append(Condition("full-permuted", "full with CEI permuted", {"mode": "full", **biased}, Permuted(0)))
     noise = RandomBias(0)
     scaled = {"mode": "expert", "lambda": lam * noise.scale(main)}
-    rows.append(Condition("random-bias", "normal noise of CEI's norm as the bias", scaled, noise))
-    rows += _static(main)
-    rows += [
-        Condition(f"expert-lambda{value}", f"expert at λ = {value}", {"mode": "expert", "lambda": value})
-        for value in SWAP_RATE_LAMBDAS
-        if value != lam
+    rows = [
+        *modes(biased),
+        *_permutations("", "expert with CEI permuted within layers", biased, permutations),
+        _permuted("full", "full with CEI permuted", {"mode": "full", **biased}),
+        Condition("random-bias", "normal noise of CEI's norm as the bias", scaled, noise),
+        *_static(main),
+        *(
+            Condition(f"expert-lambda{value}", f"expert at λ = {value}", {"mode": "expert", "lambda": value})
+            for value in SWAP_RATE_LAMBDAS
+            if value != lam
+        ),
     ]
     for rate in SWAP_RATES:
-        options = {"mode": "expert", "swap_rate": rate}
-        rows.append(
-            Condition(f"expert-swap{rate}", f"a λ per layer that changes {rate:.0%} of slots", options)
-        )
-        rows.append(Condition(f"expert-swap{rate}-permuted", "that with CEI permuted", options, Permuted(0)))
-    rows += [
-        Condition("gate-router", "expert where the router is uncertain", {"mode": "expert", **biased},
-                  gate="router"),
-        Condition("gate-output", "expert where the output is uncertain", {"mode": "expert", **biased},
-                  gate="output"),
-        Condition("dola", "DoLa", dola=True),
-        Condition("iti", "ITI", iti=True),
-        Condition("full-dola", "full and DoLa", {"mode": "full", **biased}, dola=True),
-    ]  # fmt: skip
-    for source in filter(None, sources.scores):
+        name, options = f"expert-swap{rate}", {"mode": "expert", "swap_rate": rate}
+        rows.append(Condition(name, f"a λ per layer that changes {rate:.0%} of slots", options))
+        rows.append(_permuted(name, "that with CEI permuted", options))
+    rows += on_transformers(biased)
+    for source in filter(None, sources):
         rows += _from(source, biased, permutations)
     return rows
+
+
+def _permuted(name: str, description: str, options: dict[str, Any]) -> Condition:
+    """The one control of a row."""
+    return Condition(f"{name}-permuted", description, options, Permuted(0), control_of=name)
+
+
+def _permutations(
+    source: str, description: str, biased: dict[str, Any], permutations: int
+) -> list[Condition]:
+    """The controls of `expert` with a scores file; a mean is taken over them."""
+    at, family = (f"@{source}", f"@{_family(source)}") if source else ("", "")
+    return [
+        Condition(
+            f"expert-permuted-{seed}{at}", description, {"mode": "expert", **biased}, Permuted(seed), source,
+            control_of=f"expert{at}", draw_of=f"expert-permuted{family}",
+        )
+        for seed in range(permutations)
+    ]  # fmt: skip
 
 
 def _static(scores: Scores) -> list[Condition]:
     top_k = scores.config.model.top_k
     return [
-        Condition(f"static-{k}", f"k = {k} in every layer", {"static_k": k})
+        Condition(f"static-{k}", f"k = {k} in every layer", {"static_k": k}, static=True)
         for k in range(top_k + 1, min(top_k + 4, scores.num_experts) + 1)
     ]
 
 
+def _family(source: str) -> str:
+    """What several calibrations are draws of: `--also facts0=… --also facts1=…` are draws of `facts`."""
+    return source.rstrip("0123456789") or source
+
+
 def _from(source: str, biased: dict[str, Any], permutations: int) -> list[Condition]:
     """The rows of a further scores file; its permutations are what it has to beat."""
-    swap = {"mode": "expert", "swap_rate": SWAP_RATES[0]}
-    return [
-        Condition(f"layer@{source}", f"k_l of {source}", {"mode": "layer"}, source=source),
-        Condition(f"expert@{source}", f"λ·CEI of {source}", {"mode": "expert", **biased}, source=source),
-        Condition(f"full@{source}", f"both of {source}", {"mode": "full", **biased}, source=source),
-        Condition(f"expert-swap@{source}", f"CEI of {source} at {SWAP_RATES[0]:.0%} of slots", swap,
-                  source=source),
-        *(
-            Condition(f"expert-permuted-{seed}@{source}", f"CEI of {source}, permuted",
-                      {"mode": "expert", **biased}, Permuted(seed), source)
-            for seed in range(permutations)
+    rows: list[tuple[str, str, dict[str, Any]]] = [
+        ("layer", f"k_l of {source}", {"mode": "layer"}),
+        ("expert", f"λ·CEI of {source}", {"mode": "expert", **biased}),
+        ("full", f"both of {source}", {"mode": "full", **biased}),
+        (
+            "expert-swap",
+            f"CEI of {source} at {SWAP_RATES[0]:.0%} of slots",
+            {"mode": "expert", "swap_rate": SWAP_RATES[0]},
         ),
+    ]
+    family = _family(source)
+    return [
+        *(
+            Condition(f"{name}@{source}", description, options, source=source,
+                      draw_of=f"{name}@{family}" if family != source else None)
+            for name, description, options in rows
+        ),
+        *_permutations(source, f"CEI of {source}, permuted", biased, permutations),
     ]  # fmt: skip
 
 

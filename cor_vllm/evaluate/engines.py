@@ -140,7 +140,7 @@ def _served(
     """`additional_config["cor"]`, with the condition's own scores file where it changes the scores."""
     if condition.options is None:
         return None, Claim(None)
-    path, scores = scores_path(options, condition), sources.scores[condition.source]
+    path, scores = scores_path(options, condition), sources[condition.source]
     if condition.change is not None:
         path, scores = options.output / f"{condition.name}.safetensors", condition.change(scores)
         scores_file.save(path, scores)
@@ -149,7 +149,7 @@ def _served(
 
 
 def _activations(condition: Condition, sources: Sources) -> float:
-    scores = sources.scores[condition.source]
+    scores = sources[condition.source]
     if condition.options is None:
         return float(scores.config.model.top_k * scores.num_layers)
     config = RoutingOptions.of(condition.options).resolved(scores.config.serving)

@@ -1,7 +1,7 @@
-"""A condition on a transformers model: its routing, its gate, and the paper's baselines DoLa and ITI."""
+"""A transformers model as the acts of conditions (acts.py) need it: rules, gates, DoLa and ITI."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from cor_vllm.evaluate.benchmarks import BENCHMARKS, Benchmark, load_task
 from cor_vllm.evaluate.conditions import Condition, Sources
 from cor_vllm.evaluate.dola import candidate_layers, dola
 from cor_vllm.evaluate.iti import Directions, fit, iti
-from cor_vllm.evaluate.routing import Gates, RoutedCondition, gated_by_output, gates, routed
+from cor_vllm.evaluate.routing import Call, Gates, RoutedCondition, gated_by_output, gates, routed
+from cor_vllm.scores import Scores
 
 GATE_TOKENS, GATE_SEQUENCE = 2000, 256  # of the shipped corpus, for the thresholds
 DOLA_LOW = ("factor_news", "factor_wiki", "gsm8k")
@@ -36,8 +37,9 @@ class Interventions:
         self.data = data
         self.seed = seed
 
-    @contextmanager
-    def applied(self, condition: Condition, sources: Sources, lm: Any) -> Iterator[RoutedCondition]:
+    def applied(
+        self, condition: Condition, sources: Sources, lm: Any
+    ) -> AbstractContextManager[RoutedCondition]:
         """Put a condition on the model, and on the harness's view of it, for as long as the context lasts.
 
         Args:
@@ -45,27 +47,22 @@ class Interventions:
             sources: where its scores are.
             lm: harness.transformers_model over the same model.
         """
-        scores = sources.scores[condition.source]
+        scores = sources[condition.source]
         if condition.change is not None:
             scores = condition.change(scores)
-        thresholds = self.gates.router if condition.gate == "router" else None
-        found = routed(self.model, scores, condition.options, thresholds)
-        with ExitStack() as stack:
-            if condition.gate == "output":
-                lm.forward = gated_by_output(
-                    self.model, found.rules, self.gates.output, lambda ids: self.model.model(ids).logits
-                )
-            else:
-                stack.enter_context(self.model.routing(found.rules))
-            if condition.dola:
-                lm.around, lm.final = self._dola, True
-            if condition.iti:
-                lm.folds = self._iti_fold
-            try:
-                yield found
-            finally:
-                lm.forward = lm.around = lm.folds = None
-                lm.final = False
+        return condition.act(self, lm, scores, condition.options)
+
+    def routed(
+        self, scores: Scores, options: dict[str, Any] | None, thresholds: Sequence[float] | None = None
+    ) -> RoutedCondition:
+        """The rules of a condition; the arguments are those of routing.routed."""
+        return routed(self.model, scores, options, thresholds)
+
+    def gated_by_output(self, found: RoutedCondition) -> Call:
+        """A forward that follows the rules only where the model's own output is uncertain."""
+        return gated_by_output(
+            self.model, found.rules, self.gates.output, lambda ids: self.model.model(ids).logits
+        )
 
     @cached_property
     def gates(self) -> Gates:
@@ -79,7 +76,7 @@ class Interventions:
         (sequences,) = draw(corpus, tokenize, [], GATE_SEQUENCE, [GATE_TOKENS], self.seed)
         return gates(self.model, sequences)
 
-    def _dola(self, benchmark: Benchmark, generates: bool) -> AbstractContextManager[None]:
+    def dola(self, benchmark: Benchmark, generates: bool) -> AbstractContextManager[None]:
         """DoLa with its authors' settings for this kind of benchmark (dola.py has their sources).
 
         Long texts contrast the lower half of the layers, short answers the upper. Choices among short answers
@@ -91,7 +88,7 @@ class Interventions:
             return dola(self.model.model, layers)
         return dola(self.model.model, layers, relative_top=0.0, post_softmax=False)
 
-    def _iti_fold(self, fold: int) -> AbstractContextManager[None]:
+    def iti_fold(self, fold: int) -> AbstractContextManager[None]:
         """ITI for the items of a fold (item number modulo FOLDS), fitted on the others."""
         return iti(self.model.model, self._directions[fold])
 

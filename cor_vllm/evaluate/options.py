@@ -65,13 +65,13 @@ def read_sources(options: EvaluateOptions) -> Sources:
     if options.scores is None:
         raise EvaluationError("give --cor-scores FILE, or --server NAME=URL for servers that run already")
     files = {"": options.scores, **options.also}
-    return Sources({name: scores_file.load(path) for name, path in files.items()})
+    return {name: scores_file.load(path) for name, path in files.items()}
 
 
 def available(options: EvaluateOptions) -> list[Condition]:
     """Every condition that these scores files have."""
     sources = read_sources(options)
-    lam = sources.scores[""].config.serving.lambda_ if options.lambda_ is None else options.lambda_
+    lam = sources[""].config.serving.lambda_ if options.lambda_ is None else options.lambda_
     return table(sources, lam, options.permutations)
 
 

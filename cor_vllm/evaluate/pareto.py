@@ -62,14 +62,14 @@ def _draw(axis: Any, runs: Sequence[Run], name: str, cost: str) -> None:
     line = []
     for run, column, x in zip(runs, columns, costs, strict=True):
         score, *bars = _score(column.items["score"], reference)
-        if run.condition == STANDARD or run.condition.startswith("static"):
+        if run.condition == STANDARD or run.static:
             if x is not None:
                 line.append((x, score))
                 axis.errorbar(x, score, _column(bars), fmt="s", color="0.4", capsize=2, linewidth=0.8)
                 axis.annotate(
                     run.condition, (x, score), xytext=(4, -10), textcoords="offset points", fontsize=7
                 )
-        elif "permuted" in run.condition:
+        elif run.control_of is not None:
             label = None if "permuted CEI" in axis.get_legend_handles_labels()[1] else "permuted CEI"
             axis.plot([] if x is None else [x], [] if x is None else [score], "_", color="0.7", label=label)
         else:

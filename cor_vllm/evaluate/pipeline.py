@@ -73,7 +73,7 @@ def _doubts(wanted: Sequence[Condition], sources: Sources) -> list[str]:
     lines: list[str] = []
     for row in wanted:
         if row.options is not None:
-            scores = sources.scores[row.source]
+            scores = sources[row.source]
             config = RoutingOptions.of(row.options).resolved(scores.config.serving)
             lines += doubts(config, scores)
     return list(dict.fromkeys(lines))
@@ -100,10 +100,10 @@ def _served(options: EvaluateOptions, console: Console) -> list[Run]:
     check_addresses(options.servers)
     found = [look(name, url, options.model, options.served_name) for name, url in options.servers.items()]
     limits = [resolve_limit(each.max_model_len, options.max_model_len, each.where) for each in found]
-    sources = read_sources(options) if options.scores is not None else Sources()
+    sources = read_sources(options) if options.scores is not None else {}
     rows = {row.name: row for row in available(options)} if options.scores is not None else {}
     files = {"": options.scores, **options.also} if options.scores is not None else {}
-    conditions = [claimed(each, rows, sources.scores, files, options.output) for each in found]
+    conditions = [claimed(each, rows, sources, files, options.output) for each in found]
     for server, condition in zip(found, conditions, strict=True):
         console.print(f"{server.name}: {condition.description}", highlight=False, markup=False)
     benchmarks = _benchmarks(options)
@@ -122,9 +122,8 @@ def _of_server(
     limit: int,
     console: Console,
 ) -> Run:
-    row = Condition(server.name, condition.description)
     settings = {"cor": server.cor, "served_name": server.served_name, "max_model_len": limit}
-    run = new_run(options, row, "server", settings)
+    run = new_run(options, condition, "server", settings)
 
     def open_model() -> tuple[Any, list[str]]:
         lm = server_model(options.model, server.url, server.served_name, options.batch_size, limit)

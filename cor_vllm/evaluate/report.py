@@ -1,96 +1,36 @@
-"""The table: every condition against standard on the same items, with what noise would do beside it."""
+"""The report: a table for each benchmark, with every condition against standard and what noise would do."""
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
-from cor_vllm.evaluate import paper, verdict
+from cor_vllm.evaluate import comparisons, paper, verdict
+from cor_vllm.evaluate.benchmarks import EvaluationError
+from cor_vllm.evaluate.comparisons import NOISE, QUANTITIES, SIGNIFICANT, Cell, Control, Ranks
 from cor_vllm.evaluate.conditions import AGAIN, STANDARD
-from cor_vllm.evaluate.runs import Run
-from cor_vllm.evaluate.statistics import Difference, compare, holm, item_means, mean
+from cor_vllm.evaluate.runs import Column, Run
+from cor_vllm.evaluate.statistics import mean
 
-SIGNIFICANT, NOISE = 0.01, 0.05  # corrected p below which a difference is bold, and from which it is noise
-QUANTITIES = {"score": "accuracy, points", "gold": "right answer, nats", "margin": "right minus wrong, nats"}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A condition on a benchmark, against the reference."""
-
-    found: Difference
-    corrected: float  # p, for the number of comparisons in the table
-    noise: float  # |A/A difference| on this benchmark; 0 where there is no repeat
-
-
-@dataclass(frozen=True)
-class Control:
-    """A condition against itself under permuted CEI."""
-
-    cell: Cell  # against the mean of the permutations
-    above: int  # of how many permutations its own mean is higher
-    permutations: int
-
-
-def cells(
-    runs: Sequence[Run], quantity: str, reference: str = STANDARD, seed: int = 0
-) -> dict[tuple[str, str], Cell]:
-    """(condition, benchmark) → comparison with the reference; p corrected over all of them (Holm).
-
-    Args:
-        runs: the table's rows, `reference` among them.
-        quantity: a key of items.Items.
-    """
-    base = next(run for run in runs if run.condition == reference)
-    found: dict[tuple[str, str], Difference] = {}
-    for run in runs:
-        if run.condition == reference:
-            continue
-        for name, column in run.benchmarks.items():
-            if name in base.benchmarks and quantity in column.items:
-                other = base.benchmarks[name].items[quantity]
-                found[run.condition, name] = compare(column.items[quantity], other, seed)
-    compared = [key for key in found if key[0] != AGAIN]
-    corrected = dict(zip(compared, holm([found[key].p for key in compared]), strict=True))
-    return {
-        key: Cell(
-            difference,
-            corrected.get(key, 1.0),
-            abs(found[AGAIN, key[1]].difference) if (AGAIN, key[1]) in found else 0.0,
-        )
-        for key, difference in found.items()
-    }
-
-
-def against_permuted(runs: Sequence[Run], quantity: str, seed: int = 0) -> dict[tuple[str, str], Control]:
-    """(condition, benchmark) → comparison with the same condition under permuted CEI.
-
-    An item's control is its mean over the permutations. p corrected over all comparisons (Holm). Interval
-    and p take the permutations as they are; how far one is from the next shows in how many are reached.
-
-    Args:
-        runs: the table's rows; those without permuted rows are left out.
-        quantity: a key of items.Items.
-    """
-    by_name = {run.condition: run for run in runs}
-    controls: dict[str, list[Run]] = {}
-    for run in runs:
-        name = re.sub(r"-permuted(-\d+)?", "", run.condition)
-        if name != run.condition and name in by_name:
-            controls.setdefault(name, []).append(run)
-    found: dict[tuple[str, str], tuple[Difference, int, int]] = {}
-    for name, permuted in controls.items():
-        for benchmark, column in by_name[name].benchmarks.items():
-            complete = [run.benchmarks[benchmark].items for run in permuted if benchmark in run.benchmarks]
-            if complete and quantity in column.items:
-                controlled = [items[quantity] for items in complete]
-                difference = compare(column.items[quantity], item_means(controlled), seed)
-                above = sum(mean(each) < difference.mean for each in controlled)
-                found[name, benchmark] = (difference, above, len(controlled))
-    corrected = holm([difference.p for difference, _, _ in found.values()])
-    return {
-        key: Control(Cell(difference, p, 0.0), above, permutations)
-        for (key, (difference, above, permutations)), p in zip(found.items(), corrected, strict=True)
-    }
+HOW = (
+    "Differences are to `{reference}`, item by item, with 95 % bootstrap intervals. p: McNemar's exact test, "
+    "or sign flips where scores are not 0 or 1. *Corrected*: p corrected for the number of cells of this "
+    f"quantity, over all benchmarks (Holm). **Bold**: corrected p < {SIGNIFICANT}. *Noise*: corrected p ≥ "
+    f"{NOISE}, or no larger than the difference between two runs of the same thing (`{AGAIN}`). *Cannot "
+    "tell*: noise on a benchmark on which no row could have differed. A mean over permutations or draws is "
+    "not a comparison of its own: its p is not corrected."
+)
+PERMUTED = (
+    "Each condition less the same with CEI shuffled within its layers (the mean of the permutations), on "
+    "the same items: what is left is due to which experts CEI names. p corrected within each quantity; "
+    "it is about the items, with these permutations. Whether CEI beats *any* permutation is for `above n "
+    "of m` to say (`--permutations`)."
+)
+DRAWS = (
+    "Calibrations and permutations as the sample: does every draw of a calibration score higher than every "
+    "permutation? p: Mann and Whitney's, exact. Differences to `standard`."
+)
+RANKS = (
+    "| benchmark | quantity | draws | mean, lowest | permutations | mean, highest | p, two-sided |\n"
+    "| --- | --- | --- | --- | --- | --- | --- |"
+)
 
 
 def silent(runs: Sequence[Run], reference: str = STANDARD) -> dict[str, str]:
@@ -98,8 +38,10 @@ def silent(runs: Sequence[Run], reference: str = STANDARD) -> dict[str, str]:
     candidates = verdict.without_room(runs)
     if not candidates or reference not in {run.condition for run in runs}:
         return candidates
-    compared = cells(runs, "score", reference)
-    told = {name for (_, name), cell in compared.items() if cell.corrected < NOISE}
+    compared = comparisons.cells(runs, "score", reference)
+    told = {
+        name for (_, name), cell in compared.items() if cell.corrected is not None and cell.corrected < NOISE
+    }
     return {name: reason for name, reason in candidates.items() if name not in told}
 
 
@@ -116,117 +58,184 @@ def warnings(runs: Sequence[Run], cannot_tell: Mapping[str, str]) -> list[str]:
     ]
 
 
-def render(runs: Sequence[Run], reference: str = STANDARD) -> str:
-    """The whole report as Markdown: one table per quantity, the paper's numbers, what each row is."""
-    names = list(dict.fromkeys(name for run in runs for name in run.benchmarks))
-    first, cannot_tell = runs[0], silent(runs, reference)
+def render(
+    runs: Sequence[Run],
+    reference: str = STANDARD,
+    draws: Sequence[str] | None = None,
+    controls: str | None = None,
+) -> str:
+    """The whole report as Markdown: one table per benchmark, the paper's numbers, what each row is.
+
+    Args:
+        runs: the table's rows, in any order.
+        reference: the row that the others are held against; also the name of a mean.
+        draws: as for comparisons.samples.
+        controls: as for comparisons.samples.
+
+    Raises:
+        EvaluationError: there is no such reference, or rows hold other items of the same benchmark.
+    """
+    runs = _in_order(runs)
+    comparisons.check_same_items(runs)
+    means = comparisons.means(runs)
+    rows = _in_order([*runs, *means])
+    known = {run.condition for run in rows}
+    if reference not in known and reference != STANDARD:
+        raise EvaluationError(f"--reference {reference}: no such row; there are {', '.join(sorted(known))}")
+    cannot_tell = silent(runs, reference)
+    nothing = f"There is no run named {reference}: nothing to compare with."
+    compared = {
+        quantity: comparisons.cells(runs, quantity, reference, uncorrected=means)
+        for quantity in QUANTITIES
+        if reference in known
+    }
     parts = [
-        f"# {first.model}: {len(runs)} conditions on the same items",
-        f"Back end: {first.backend}. Versions: "
-        + ", ".join(f"{name} {version}" for name, version in first.versions.items())
-        + "."
-        + _engine(first),
-        "Differences are to `"
-        + reference
-        + "`, item by item, with 95 % bootstrap intervals. p: McNemar's exact "
-        "test, or sign flips where scores are not 0 or 1; corrected for the number of cells (Holm). "
-        f"**Bold**: corrected p < {SIGNIFICANT}. *Noise*: corrected p ≥ {NOISE}, or no larger than the "
-        f"difference between two runs of the same thing (`{AGAIN}`). *Cannot tell*: noise on a benchmark on "
-        "which no row could have differed.",
+        *_head(runs),
+        HOW.format(reference=reference) if reference in known else nothing,
         *(f"**Warning:** {line}." for line in warnings(runs, cannot_tell)),
+        *_tables(rows, lambda run, name, quantity: _value(run, name, quantity, compared, cannot_tell)),
+        *_permuted(runs),
+        *_ranks(runs, draws, controls),
+        *_legend(runs),
     ]
-    if reference not in {run.condition for run in runs}:
-        nothing = f"There is no run named {reference}: nothing to compare with."
-        return "\n\n".join([*parts, nothing, "## What the rows are", _legend(runs)]) + "\n"
-    for quantity, title in QUANTITIES.items():
-        shown = [
-            n for n in names if any(quantity in r.benchmarks[n].items for r in runs if n in r.benchmarks)
-        ]
-        if shown:
-            parts += [
-                f"## {title[0].upper()}{title[1:]}",
-                _table(runs, shown, quantity, reference, cannot_tell),
-            ]
-    parts += [*_controls(runs, names), "## What the rows are", _legend(runs)]
     return "\n\n".join(parts) + "\n"
 
 
-def _engine(run: Run) -> str:
-    """The flags of the engine, which are part of what was measured."""
-    flags = run.settings.get("engine") or {}
-    return f" Engine: {', '.join(f'{name} {value}' for name, value in flags.items())}." if flags else ""
+def _in_order(rows: Sequence[Run]) -> list[Run]:
+    """Standard first, and what is permuted next to what it was before."""
+    by_name = {run.condition: run for run in rows}
+
+    def place(run: Run) -> tuple[bool, bool, str, str]:
+        original = run if run.control_of is None else by_name.get(run.control_of)
+        stem = run.control_of or "" if original is None else original.draw_of or original.condition
+        return run.condition != STANDARD, run.condition != AGAIN, stem, run.condition
+
+    return sorted(rows, key=place)
 
 
-def _table(
-    runs: Sequence[Run], names: Sequence[str], quantity: str, reference: str, cannot_tell: Mapping[str, str]
+def _head(runs: Sequence[Run]) -> list[str]:
+    first = runs[0]
+    title = f"# {first.model or 'a packed file'}: {len(runs)} conditions on the same items"
+    versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
+    engine = ", ".join(f"{name} {value}" for name, value in (first.settings.get("engine") or {}).items())
+    facts = {"Back end": first.backend, "Versions": versions, "Engine": engine}
+    told = " ".join(f"{name}: {said}." for name, said in facts.items() if said)
+    return [title, told] if told else [title]
+
+
+def _titles(columns: Sequence[Column]) -> list[str]:
+    """The quantities that a benchmark has."""
+    return [quantity for quantity in QUANTITIES if any(quantity in column.items for column in columns)]
+
+
+def _tables(rows: Sequence[Run], cell: Callable[[Run, str, str], str], level: str = "##") -> list[str]:
+    """For each benchmark its name, and a table with a line for each row that has it.
+
+    Args:
+        rows: in their order.
+        cell: (row, benchmark, quantity) → text.
+        level: of the headings.
+    """
+    parts = []
+    for name in dict.fromkeys(name for run in rows for name in run.benchmarks):
+        shown = [run for run in rows if name in run.benchmarks]
+        quantities = _titles([run.benchmarks[name] for run in shown])
+        titles = [QUANTITIES[quantity][0] for quantity in quantities]
+        lines = ["| condition | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
+        for run in shown:
+            values = [cell(run, name, quantity) for quantity in quantities]
+            lines.append(f"| `{run.condition}` | " + " | ".join(values) + " |")
+        items = len(shown[0].benchmarks[name].items["score"])
+        parts += [f"{level} {name}, {items} items", "\n".join(lines)]
+    return parts
+
+
+def _value(
+    run: Run,
+    name: str,
+    quantity: str,
+    compared: Mapping[str, Mapping[tuple[str, str], Cell]],
+    cannot_tell: Mapping[str, str],
 ) -> str:
-    compared = cells(runs, quantity, reference)
-    scale = 100 if quantity == "score" else 1
-    lines = ["| condition | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
-    for run in runs:
-        values = []
-        for name in names:
-            column = run.benchmarks.get(name)
-            if column is None or quantity not in column.items:
-                values.append("")
-                continue
-            value = mean(column.items[quantity]) * scale
-            cell = compared.get((run.condition, name))
-            word = "cannot tell" if quantity == "score" and name in cannot_tell else "noise"
-            text = f"{value:.2f}" if cell is None else f"{value:.2f} ({_difference(cell, scale, word)})"
-            reported = paper.of(run.model, run.condition).get(name) if quantity == "score" else None
-            values.append(text if reported is None else f"{text}; paper {reported:.2f}")
-        lines.append(f"| {run.condition} | " + " | ".join(values) + " |")
-    return "\n".join(lines)
+    """A mean, its difference to the reference, and the paper's number; empty if the row has none."""
+    items = run.benchmarks[name].items.get(quantity)
+    if items is None:
+        return ""
+    scale = QUANTITIES[quantity][1]
+    text = _signed(f"{mean(items) * scale:.2f}")
+    if cell := compared.get(quantity, {}).get((run.condition, name)):
+        word = "cannot tell" if quantity == "score" and name in cannot_tell else "noise"
+        text += f" ({_difference(cell, scale, word)})"
+    reported = paper.of(run.model, run.condition).get(name) if quantity == "score" else None
+    return text if reported is None else f"{text}; paper {reported:.2f}"
 
 
-def _controls(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+def _permuted(rows: Sequence[Run]) -> list[str]:
     """Each condition less its own permutations; nothing where there are none."""
-    compared = {quantity: against_permuted(runs, quantity) for quantity in QUANTITIES}
-    lines = []
-    for condition in dict.fromkeys(name for found in compared.values() for name, _ in found):
-        for quantity, title in QUANTITIES.items():
-            found = [compared[quantity].get((condition, name)) for name in names]
-            scale = 100 if quantity == "score" else 1
-            if any(found):
-                values = [
-                    "" if each is None
-                    else f"{_difference(each.cell, scale)}; above {each.above} of {each.permutations}"
-                    for each in found
-                ]  # fmt: skip
-                lines.append(f"| {condition} | {title} | " + " | ".join(values) + " |")
-    if not lines:
+    found = {quantity: comparisons.against_permuted(rows, quantity) for quantity in QUANTITIES}
+    controlled = {key for each in found.values() for key in each}
+    shown = []
+    for run in rows:
+        kept = {
+            name: column for name, column in run.benchmarks.items() if (run.condition, name) in controlled
+        }
+        shown += [run.model_copy(update={"benchmarks": kept})] if kept else []
+    if not shown:
         return []
-    head = [
-        "| condition | difference in | " + " | ".join(names) + " |",
-        "| --- | --- |" + " --- |" * len(names),
-    ]
-    return [
-        "## Against permuted CEI",
-        "Each condition less the same with CEI shuffled within its layers (the mean of the permutations), on "
-        "the same items: what is left is due to which experts CEI names. p corrected within each quantity; "
-        "it is about the items, with these permutations. Whether CEI beats *any* permutation is for `above n "
-        "of m` to say (`--permutations`).",
-        "\n".join([*head, *lines]),
-    ]
+
+    def cell(run: Run, name: str, quantity: str) -> str:
+        control: Control | None = found[quantity].get((run.condition, name))
+        if control is None:
+            return ""
+        difference = _difference(control.cell, QUANTITIES[quantity][1])
+        return f"{difference}; above {control.above} of {control.permutations}"
+
+    return ["## Against permuted CEI", PERMUTED, *_tables(shown, cell, "###")]
+
+
+def _ranks(runs: Sequence[Run], draws: Sequence[str] | None, controls: str | None) -> list[str]:
+    """Draws of calibrations against permutations; nothing where there are not several of both."""
+    parts = []
+    for title, (ours, theirs) in comparisons.samples(runs, draws, controls).items():
+        lines = [_rank(found) for found in comparisons.ranks(runs, ours, theirs)]
+        if lines:
+            parts += [f"### {title}", "\n".join([RANKS, *lines])]
+    if not parts and draws is not None:
+        return ["No several draws and permutations to compare."]
+    return ["## Draws against permutations", DRAWS, *parts] if parts else []
+
+
+def _rank(found: Ranks) -> str:
+    scale = QUANTITIES[found.quantity][1]
+    ours, theirs = ([value * scale for value in each] for each in (found.draws, found.permutations))
+    return _signed(
+        f"| {found.benchmark} | {found.quantity} | {len(ours)} | {sum(ours) / len(ours):+.2f}, "
+        f"{min(ours):+.2f} | {len(theirs)} | {sum(theirs) / len(theirs):+.2f}, {max(theirs):+.2f} | "
+        f"{found.p:.4f} |"
+    )
 
 
 def _difference(cell: Cell, scale: float, noise: str = "noise") -> str:
     found = cell.found
-    text = (
-        f"{found.difference * scale:+.2f} [{found.low * scale:+.2f}, {found.high * scale:+.2f}], "
-        f"p {_p(cell.corrected)}"
-    )
-    if cell.corrected >= NOISE or abs(found.difference) <= cell.noise:
+    text = _signed(f"{found.difference * scale:+.2f} [{found.low * scale:+.2f}, {found.high * scale:+.2f}], ")
+    text += f"p {_p(found.p)}" + ("" if cell.corrected is None else f", corrected {_p(cell.corrected)}")
+    if cell.is_noise:
         return f"{text}, *{noise}*"
-    return f"**{text}**" if cell.corrected < SIGNIFICANT else text
+    return f"**{text}**" if cell.corrected is not None and cell.corrected < SIGNIFICANT else text
 
 
 def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _legend(runs: Sequence[Run]) -> str:
+def _signed(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def _legend(runs: Sequence[Run]) -> list[str]:
+    """What each row is and what it cost; nothing of a packed file, which does not say."""
+    if not any(run.description for run in runs):
+        return []
     lines = [
         "| condition | what | prompts cut | experts per token, all layers | slots changed | tokens/s |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -240,7 +249,7 @@ def _legend(runs: Sequence[Run]) -> str:
             f"{'' if run.slots_changed is None else f'{run.slots_changed:.1%}'} | "
             f"{speed} |"
         )
-    return "\n".join(lines)
+    return ["## What the rows are", "\n".join(lines)]
 
 
 def _cut(run: Run) -> str:

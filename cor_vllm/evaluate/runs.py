@@ -35,6 +35,10 @@ class Run(BaseModel):
     format: str = FORMAT
     condition: str
     description: str
+    # What it is to other rows (conditions.Condition); a run of before says nothing of it.
+    control_of: str | None = None
+    draw_of: str | None = None
+    static: bool = False
     key: str  # hash of everything that decides the numbers
     model: str
     backend: str

@@ -1,5 +1,6 @@
 """Servers that run already, as rows of the table: what each says of itself, held against its name."""
 
+import dataclasses
 import json
 import os
 import re
@@ -20,10 +21,10 @@ from cor_vllm.evaluate.claims import Claim, check, described, state_of
 from cor_vllm.evaluate.conditions import (
     AGAIN,
     DEFINED_BY_A_FILE,
-    NOT_ON_A_SERVER,
     STANDARD,
     Condition,
     modes,
+    on_transformers,
 )
 from cor_vllm.live.state import State
 from cor_vllm.scores import Scores
@@ -229,8 +230,8 @@ def claimed(
         EvaluationError: it is not what it is called.
     """
     name, state = server.name, server.state
-    known = rows or {row.name: row for row in modes({})}
-    if name in NOT_ON_A_SERVER:
+    known = rows or {row.name: row for row in (*modes({}), *on_transformers({}))}
+    if name in known and known[name].transformers_only:
         raise EvaluationError(f"--server {name}: only transformers can do that row: --backend transformers")
     if name not in known:
         if any(fnmatchcase(name, pattern) for pattern in DEFINED_BY_A_FILE):
@@ -256,7 +257,9 @@ def claimed(
                 f"that row's, which is now in {kept}: start it with --cor-scores {kept}"
             )
     check(server.where, name, claim, state)
-    return Condition(name, f"{condition.description}; {described(state)}")
+    description = f"{condition.description}; {described(state)}"
+    # What decides its numbers is what the server says, not the options.
+    return dataclasses.replace(condition, description=description, options=None)
 
 
 def _written(scores: Scores, folder: Path) -> bytes:

@@ -31,4 +31,3 @@ $cor evaluate "$model" --backend transformers --cor-scores "$scores/main.safeten
 	--also answers1="$scores/answers1.safetensors" --also answers2="$scores/answers2.safetensors" \
 	--also answers3="$scores/answers3.safetensors" --tasks $tasks,arc_easy --data $work/mirror \
 	--dtype bfloat16 --batch-size 64 --limit "${LIMIT:-300}" --conditions "${CONDITIONS:-all}" --output $work/table
-$python -m benchmarks.evaluation $work/table

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from cor_vllm import scores
 from cor_vllm.calibrate.model.loading import load_model, model_folder
 from cor_vllm.cli import main
 from cor_vllm.commands import lifetime
-from cor_vllm.evaluate import runs
+from cor_vllm.evaluate import acts, runs
 from cor_vllm.evaluate.benchmarks import chosen, load_task
 from cor_vllm.evaluate.conditions import Condition, Sources
 from cor_vllm.evaluate.harness import measure, transformers_model
@@ -62,10 +63,18 @@ def gold(run: Run) -> dict[str, float]:
 
 def test_the_table_has_every_condition_and_its_noise(transformers_runs):
     table = (transformers_runs / "table.md").read_text()
-    assert table.count("\n| full-dola |") == 4  # accuracy, right answer, margin, legend
+    assert len(re.findall(r"\n\| `?full-dola`? \|", table)) == 2  # its three differences, legend
     assert gold(read(transformers_runs, "standard")) == gold(read(transformers_runs, "standard-again"))
-    line = next(line for line in table.splitlines() if line.startswith("| standard-again |"))
+    line = next(line for line in table.splitlines() if line.startswith("| `full-dola` |"))
+    assert line.count(", corrected ") == 3  # accuracy, right answer, margin
+    line = next(line for line in table.splitlines() if line.startswith("| `standard-again` |"))
     assert "+0.00 [+0.00, +0.00], p 1.000, *noise*" in line
+
+
+def test_the_report_of_the_folder_is_the_table(transformers_runs, capsys):
+    assert main(["report", str(transformers_runs)]) == 0
+    table = (transformers_runs / "table.md").read_text()
+    assert "## Against permuted CEI" in table and capsys.readouterr().out == table + "\n"
 
 
 def test_every_condition_does_something_else(transformers_runs):
@@ -198,7 +207,7 @@ def test_iti_shifts_an_item_by_what_other_questions_taught(file, tmp_path, monke
     interventions = Interventions(model, tokenizer, tmp_path, 0)
     (benchmark,) = chosen(("truthfulqa_mc1",))
     tasks = load_task(benchmark, tmp_path)
-    with interventions.applied(Condition("iti", "ITI", iti=True), Sources({"": scores.load(file)}), lm):
+    with interventions.applied(Condition("iti", "ITI", act=acts.iti), Sources({"": scores.load(file)}), lm):
         found = measure(lm, benchmark, tasks, None, 0, None).items["gold"]
     assert lm.folds is None
     for fold in (0, 1):

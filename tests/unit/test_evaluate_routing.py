@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cor_vllm.calibrate.model.moe_model import MoeModel
+from cor_vllm.evaluate import acts
 from cor_vllm.evaluate.benchmarks import BENCHMARKS, EvaluationError
 from cor_vllm.evaluate.conditions import Condition, Sources
 from cor_vllm.evaluate.dola import dola
@@ -166,7 +167,7 @@ def test_dola_takes_its_authors_settings_for_the_benchmark(
     model: MoeModel, scores: Scores, task: str, generates: bool, layer: int, options: dict[str, Any]
 ) -> None:
     lm = transformers_model(model, byte_tokenizer(), 2)
-    condition = Condition("dola", "DoLa", dola=True)
+    condition = Condition("dola", "DoLa", act=acts.dola)
     interventions = Interventions(model, byte_tokenizer(), None, 0)
     with (
         interventions.applied(condition, Sources({"": scores}), lm),

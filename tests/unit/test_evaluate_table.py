@@ -1,5 +1,6 @@
 """Conditions, runs and the report, without a model."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 
 from cor_vllm.evaluate import runs
 from cor_vllm.evaluate.benchmarks import Benchmark, EvaluationError, chosen
+from cor_vllm.evaluate.comparisons import against_permuted, cells
 from cor_vllm.evaluate.conditions import Permuted, RandomBias, Sources, select, table
 from cor_vllm.evaluate.items import read_items
 from cor_vllm.evaluate.pareto import _score, pareto
-from cor_vllm.evaluate.report import against_permuted, cells, render, silent, warnings
+from cor_vllm.evaluate.report import render, silent, warnings
 from cor_vllm.evaluate.runs import Column, Run
 from cor_vllm.evaluate.tuning import halve, mean_score, parse_grid
 from cor_vllm.evaluate.verdict import chat_note
@@ -40,6 +42,22 @@ def test_conditions_are_what_they_are_called(scores: Scores) -> None:
     noise = RandomBias(0)
     assert noise.scale(scores) > 1, "or this proves nothing"
     assert (rows["random-bias"].options or {})["lambda"] == pytest.approx(0.1 * noise.scale(scores))
+
+
+def test_conditions_say_whose_control_and_whose_draw_they_are(scores: Scores) -> None:
+    rows = table(Sources({"": scores, "facts": scores, "st0": scores, "st1": scores}), 0.1)
+    names = {row.name for row in rows}
+    for row in rows:
+        assert (row.control_of is not None) == ("-permuted" in row.name), row.name
+        if row.control_of:
+            assert row.control_of in names and row.change is not None
+            assert row.control_of == re.sub(r"-permuted(-\d+)?", "", row.name)
+        draw = re.sub(r"(-permuted)-\d+|(@[a-z]+)\d+$", r"\1\2", row.name)
+        assert row.draw_of == (draw if draw != row.name else None), row.name
+        assert row.static == row.name.startswith("static-")
+        assert row.transformers_only == (
+            row.name in ("gate-router", "gate-output", "dola", "iti", "full-dola")
+        )
 
 
 def test_permuted_keeps_each_layers_values_and_nothing_else(scores: Scores) -> None:
@@ -151,6 +169,10 @@ def run(condition: str, values: list[float], **settings: object) -> Run:
     )
 
 
+def control_of(name: str, condition: str, values: list[float]) -> Run:
+    return run(condition, values).model_copy(update={"control_of": name})
+
+
 WORSE, BETTER = [0.0] * 60 + [1.0] * 40, [1.0] * 100
 SHIFTED = [1.0] + [0.0] * 59 + [1.0] * 40
 
@@ -161,16 +183,16 @@ def test_the_report_says_what_is_noise_and_what_the_paper_has() -> None:
     )
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
     assert "100.00 (**+60.00 [+50.00" in text and "paper 39.70" in text
-    layer = next(line for line in text.splitlines() if line.startswith("| layer | 41"))
+    layer = next(line for line in text.splitlines() if line.startswith("| `layer` | 41"))
     assert "*noise*" in layer and layer.endswith("; paper 38.82 |")
-    again = next(line for line in text.splitlines() if line.startswith("| standard-again | 40"))
+    again = next(line for line in text.splitlines() if line.startswith("| `standard-again` | 40"))
     assert "paper" not in again
     assert rows["full"].endswith("| 50 |")  # tokens per second
 
 
 def test_a_difference_within_the_repeats_own_is_noise() -> None:
     found = render([run("standard", WORSE), run("standard-again", BETTER), run("full", BETTER)])
-    line = next(line for line in found.splitlines() if line.startswith("| full | 100"))
+    line = next(line for line in found.splitlines() if line.startswith("| `full` | 100"))
     assert "*noise*" in line
 
 
@@ -182,7 +204,7 @@ def test_p_is_corrected_for_the_number_of_conditions() -> None:
     assert found.corrected == pytest.approx(min(1, 10 * 2 / 2**6))
     few = [0.0] * 50 + [1.0] * 50  # ten gained: p = 0.002, times ten more than 0.01
     rows += [run(f"d{i}", few) for i in range(10)]
-    line = next(line for line in render(rows).splitlines() if line.startswith("| d0 | 50"))
+    line = next(line for line in render(rows).splitlines() if line.startswith("| `d0` | 50"))
     assert "**" not in line and "*noise*" not in line
 
 
@@ -190,11 +212,11 @@ def test_a_condition_is_held_against_its_own_permutations() -> None:
     rows = [
         run("standard", WORSE),
         run("full", BETTER),
-        run("full-permuted", BETTER),
+        control_of("full", "full-permuted", BETTER),
         run("expert@facts", BETTER),
-        run("expert-permuted-0@facts", WORSE),
-        run("expert-permuted-1@facts", BETTER),
-        run("expert-swap0.05-permuted", WORSE),
+        control_of("expert@facts", "expert-permuted-0@facts", WORSE),
+        control_of("expert@facts", "expert-permuted-1@facts", BETTER),
+        control_of("expert-swap0.05", "expert-swap0.05-permuted", WORSE),
     ]
     found = against_permuted(rows, "score")
     gain = sum(BETTER) / len(BETTER) - sum(WORSE) / len(WORSE)
@@ -216,7 +238,8 @@ def test_without_a_reference_nothing_is_compared() -> None:
 
 def test_the_picture_has_every_row_and_paired_intervals(tmp_path: Path) -> None:
     rows = [run("standard", [0.0, 1.0] * 20), run("expert", [1.0, 0.0] * 20), run("static-5", [1.0] * 40)]
-    rows += [run(f"expert-permuted-{seed}", [0.0, 1.0] * 20) for seed in range(3)]
+    rows[-1].static = True
+    rows += [control_of("expert", f"expert-permuted-{seed}", [0.0, 1.0] * 20) for seed in range(3)]
     assert pareto(rows, tmp_path) == [], "no row knows its activations"
     for row in rows:
         row.activations = 5.0 if row.condition == "static-5" else 4.0

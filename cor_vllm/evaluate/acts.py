@@ -1,0 +1,75 @@
+"""What a condition does to a model of transformers: a context manager, which the condition carries.
+
+A server can only route. The rest are the entropy gates and the paper's baselines. This file imports nothing
+that loads a model: what an act needs of one, it asks of interventions.Interventions.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from cor_vllm.scores import Scores
+
+if TYPE_CHECKING:
+    from cor_vllm.evaluate.interventions import Interventions
+    from cor_vllm.evaluate.routing import RoutedCondition
+
+Options = dict[str, Any] | None
+Act = Callable[["Interventions", Any, Scores, Options], AbstractContextManager["RoutedCondition"]]
+"""(model, harness.transformers_model over it, the condition's scores and options) → its routing meanwhile"""
+
+
+@contextmanager
+def routing(model: "Interventions", lm: Any, scores: Scores, options: Options) -> "Iterator[RoutedCondition]":
+    """The routing of the options, as a server has it."""
+    found = model.routed(scores, options)
+    with model.model.routing(found.rules):
+        yield found
+
+
+@contextmanager
+def router_gate(
+    model: "Interventions", lm: Any, scores: Scores, options: Options
+) -> "Iterator[RoutedCondition]":
+    """That, with the bias only for tokens of which a layer's router is uncertain."""
+    found = model.routed(scores, options, model.gates.router)
+    with model.model.routing(found.rules):
+        yield found
+
+
+@contextmanager
+def output_gate(
+    model: "Interventions", lm: Any, scores: Scores, options: Options
+) -> "Iterator[RoutedCondition]":
+    """That, only for tokens of which the model's output is uncertain."""
+    found = model.routed(scores, options)
+    lm.forward = model.gated_by_output(found)
+    try:
+        yield found
+    finally:
+        lm.forward = None
+
+
+@contextmanager
+def dola(model: "Interventions", lm: Any, scores: Scores, options: Options) -> "Iterator[RoutedCondition]":
+    """The routing of the options, and DoLa on top of it."""
+    lm.around, lm.final = model.dola, True
+    try:
+        with routing(model, lm, scores, options) as found:
+            yield found
+    finally:
+        lm.around, lm.final = None, False
+
+
+@contextmanager
+def iti(model: "Interventions", lm: Any, scores: Scores, options: Options) -> "Iterator[RoutedCondition]":
+    """The routing of the options, and ITI on top of it."""
+    lm.folds = model.iti_fold
+    try:
+        with routing(model, lm, scores, options) as found:
+            yield found
+    finally:
+        lm.folds = None
+
+
+GATES: dict[Act, str] = {router_gate: "router", output_gate: "output"}  # what a run's settings call them
