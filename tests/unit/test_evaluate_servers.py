@@ -109,6 +109,7 @@ def test_a_server_of_the_rows_own_file_is_that_row(
     run = runs.load(runs.path_of(tmp_path, "full-permuted"))
     assert run.description.startswith("full with CEI permuted; mode full, λ 0.1")
     assert run.settings["cor"] == server.cor
+    assert run.control_of == "full" and run.settings["options"] is None
 
 
 def test_names_that_the_table_does_not_know_are_described_by_the_server(
