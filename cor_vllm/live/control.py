@@ -10,29 +10,30 @@ from cor_vllm.live.prefix_cache import current, renew_salt
 from cor_vllm.scores import ScoresError
 from cor_vllm.serve.config import ConfigError, CorConfig
 from cor_vllm.serve.layers import kernel_name, moe_layers
+from cor_vllm.serve.objects import EngineCore, Worker
 from cor_vllm.serve.process import doubts_of, layers_of, scores_of
 from cor_vllm.version import __version__
 
 
 def give_methods() -> None:
     """Give vLLM's workers and engine cores our methods."""
-    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine import core
     from vllm.v1.worker.worker_base import WorkerBase
 
     WorkerBase.cor_status = worker_status
     WorkerBase.cor_counts = worker_counts
     WorkerBase.cor_check = worker_check
     WorkerBase.cor_apply = worker_apply
-    EngineCore.cor_status = core_status
-    EngineCore.cor_counts = core_counts
-    EngineCore.cor_check = core_check
-    EngineCore.cor_change = core_change
+    core.EngineCore.cor_status = core_status
+    core.EngineCore.cor_counts = core_counts
+    core.EngineCore.cor_check = core_check
+    core.EngineCore.cor_change = core_change
 
 
 # ---- worker
 
 
-def _moe_layers(worker: Any) -> list[tuple[int, str, Any]]:
+def _moe_layers(worker: Worker) -> list[tuple[int, str, Any]]:
     """Decoder layer number, name and runner of every MoE layer that this worker holds."""
     from vllm.model_executor.models.utils import extract_layer_index
 
@@ -40,10 +41,10 @@ def _moe_layers(worker: Any) -> list[tuple[int, str, Any]]:
     return [(extract_layer_index(name), name, runner) for name, runner in found.items()]
 
 
-def worker_status(worker: Any) -> dict[str, Any]:
+def worker_status(worker: Worker) -> dict[str, Any]:
     """What this worker routes by, read off its layers; nothing is read from the device."""
     config = current(worker)
-    assert config is not None, "asked only where the engine is ours"
+    assert config is not None, "asked only if the engine is ours"
     model = scores_of(config).config.model
     return {
         "rank": worker.rank,
@@ -67,14 +68,14 @@ def worker_status(worker: Any) -> dict[str, Any]:
     }
 
 
-def worker_counts(worker: Any) -> dict[int, list[int]]:
+def worker_counts(worker: Worker) -> dict[int, list[int]]:
     """Decoder layer number → observe.COUNTERS since the start; waits for the device."""
     counts = ((index, runner.router.counts) for index, _, runner in _moe_layers(worker))
     return {index: values.tolist() for index, values in counts if values is not None}
 
 
-def worker_check(worker: Any, config: CorConfig) -> str:
-    """Why this worker cannot route by `config` without a restart; empty where it can."""
+def worker_check(worker: Worker, config: CorConfig) -> str:
+    """Why this worker cannot route by `config` without a restart; empty if it can."""
     try:
         layers = layers_of(config)
     except (ConfigError, ScoresError) as error:
@@ -88,7 +89,7 @@ def worker_check(worker: Any, config: CorConfig) -> str:
     )
 
 
-def worker_apply(worker: Any, config: CorConfig) -> None:
+def worker_apply(worker: Worker, config: CorConfig) -> None:
     """Route by `config`, which worker_check accepted, from the next forward on."""
     layers = layers_of(config)
     for index, _, runner in _moe_layers(worker):
@@ -99,13 +100,13 @@ def worker_apply(worker: Any, config: CorConfig) -> None:
 # ---- engine core
 
 
-def core_status(core: Any) -> list[dict[str, Any]]:
+def core_status(core: EngineCore) -> list[dict[str, Any]]:
     """worker_status of every worker of this engine, by rank."""
     statuses: list[dict[str, Any]] = core.collective_rpc("cor_status")
     return statuses
 
 
-def core_counts(core: Any) -> dict[int, list[int]]:
+def core_counts(core: EngineCore) -> dict[int, list[int]]:
     """worker_counts of this engine; empty while it sleeps, since its memory is not there then.
 
     Ranks that share a layer see the same tokens, so that the first one's counts are the layer's.
@@ -117,8 +118,8 @@ def core_counts(core: Any) -> dict[int, list[int]]:
     return merged
 
 
-def core_check(core: Any, lambda_: float | None, mode: str | None) -> str:
-    """Why this engine cannot change λ and mode so; empty where it can. None stays as it is."""
+def core_check(core: EngineCore, lambda_: float | None, mode: str | None) -> str:
+    """Why this engine cannot change λ and mode so; empty if it can. None stays as it is."""
     if core.model_executor.is_sleeping:
         return "the engine sleeps and its buffers are not in memory: wake it up first"
     if core.vllm_config.kv_transfer_config is not None:
@@ -128,7 +129,7 @@ def core_check(core: Any, lambda_: float | None, mode: str | None) -> str:
         )
     try:
         config = current(core)
-        assert config is not None, "asked only where the engine is ours"
+        assert config is not None, "asked only if the engine is ours"
         config = config.changed(lambda_, mode)
     except ConfigError as error:
         return str(error)
@@ -136,7 +137,7 @@ def core_check(core: Any, lambda_: float | None, mode: str | None) -> str:
     return next(filter(None, answers), "")
 
 
-def core_change(core: Any, lambda_: float | None, mode: str | None) -> str:
+def core_change(core: EngineCore, lambda_: float | None, mode: str | None) -> str:
     """Change λ and mode between two steps: on all workers, or, with the reason returned, on none.
 
     Requests that are running keep the tokens that they have and are computed again under the new routing, as

@@ -48,14 +48,14 @@ class Engines:
         return answers
 
     async def state(self) -> "State":
-        """What all workers say of themselves; StateError where they differ."""
+        """What all workers say of themselves; StateError if they differ."""
         from cor_vllm.live.state import combine
 
         return combine(await self.call("cor_status"))
 
 
 class CorEndpoint:
-    """vLLM's endpoint plugin: attached to every server, at work where additional_config has "cor"."""
+    """vLLM's endpoint plugin: attached to every server, at work if additional_config has "cor"."""
 
     name = "cor"
     required_tasks = None
@@ -124,7 +124,7 @@ def build_router() -> "APIRouter":
         if not before.admin:
             raise HTTPException(403, "changes are off: start the server with --cor-admin")
         wanted = await _body(request)
-        # First ask all, then tell all: where one refuses none changes.
+        # First ask all, then tell all: if one refuses, no engine changes.
         for method in ("cor_check", "cor_change"):
             for refused in await engines.call(method, wanted.lambda_, wanted.mode):
                 if refused:
@@ -141,7 +141,7 @@ def build_router() -> "APIRouter":
 
 
 async def _body(request: "Request") -> "Change":
-    """The request's Change; HTTPException 413, 415 or 400 with one line where it is none."""
+    """The request's Change; HTTPException 413, 415 or 400 with one line if it is not one."""
     from fastapi import HTTPException
 
     from cor_vllm.live.state import Change, ChangeError

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the routing, beside vLLM's own on /metrics; their names are the project's contract.
+"""Prometheus metrics of the routing, next to vLLM's own on /metrics; their names are the project's contract.
 
 They live in the API server's process, the only one that vLLM exposes.
 """
@@ -78,7 +78,7 @@ class Metrics:
         }
         for name, shown in self._shown().items():
             gauge, labels = self._gauges[name]
-            # A series cannot be removed where servers share files, those of earlier servers included.
+            # A series cannot be removed if servers share files, those of earlier servers included.
             for series in shown | now[name].keys():
                 (gauge.labels(*series) if labels else gauge).set(now[name].get(series, 0))
 

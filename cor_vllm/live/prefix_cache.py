@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cor_vllm.serve.config import CorConfig
+from cor_vllm.serve.objects import EngineCore, Owner, Request
 from cor_vllm.serve.process import config_of
 
 
@@ -17,7 +18,7 @@ def preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     """EngineCore.preprocess_add_request, which hashes a request's blocks, with our salt on the request."""
 
     @functools.wraps(original)
-    def preprocess(core: Any, request: Any) -> Any:
+    def preprocess(core: EngineCore, request: Any) -> Any:
         if salt := _salt(core):
             request.cache_salt = salt + (request.cache_salt or "")
         return original(core, request)
@@ -29,22 +30,21 @@ def add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     """EngineCore.add_request: the routing may have changed since another thread prepared the request."""
 
     @functools.wraps(original)
-    def add(core: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    def add(core: EngineCore, request: Request, *args: Any, **kwargs: Any) -> Any:
         renew_salt(core, request)
         return original(core, request, *args, **kwargs)
 
     return add
 
 
-def current(owner: Any) -> CorConfig | None:
+def current(owner: Owner) -> CorConfig | None:
     """The options that a worker or an engine core follows now: those of its start, or of the last change."""
     if "cor_config" not in vars(owner):
         owner.cor_config = config_of(owner.vllm_config)
-    config: CorConfig | None = owner.cor_config
-    return config
+    return owner.cor_config
 
 
-def renew_salt(core: Any, request: Any) -> None:
+def renew_salt(core: EngineCore, request: Request) -> None:
     """Hash a request's blocks anew if they were hashed under another routing than that of its engine core."""
     salt = _salt(core)
     if not salt or request.cache_salt.startswith(salt):
@@ -54,7 +54,7 @@ def renew_salt(core: Any, request: Any) -> None:
     request.update_block_hashes()
 
 
-def _salt(core: Any) -> str:
+def _salt(core: EngineCore) -> str:
     config = current(core)
     return "" if config is None else _digest(config)
 

@@ -9,7 +9,7 @@ from cor_vllm.modes import ModeName, has_lambda
 
 
 class ChangeError(CorError):
-    """A body that is no Change: one line with the field and what it must be."""
+    """A body that is not a Change: one line with the field and what it must be."""
 
 
 class StateError(CorError):
@@ -36,7 +36,7 @@ class Change(BaseModel):
 
     @classmethod
     def of(cls, body: bytes) -> "Change":
-        """Validate a request's body; ChangeError with one line where it is wrong."""
+        """Validate a request's body; ChangeError with one line if it is wrong."""
         try:
             return cls.model_validate_json(body)
         except ValidationError as error:
@@ -71,11 +71,11 @@ class Worker(_Answer):
 
 
 class State(_Answer):
-    """How this server routes; `mode` is "static_k" where that option sets it."""
+    """How this server routes; `mode` is "static_k" if that option sets the routing."""
 
     version: str
     scores_sha256: str
-    fingerprint: str  # of the model's routers, contract.md
+    fingerprint: str  # of the model's routers
     mode: str
     lambda_: float | None = Field(alias="lambda")  # None: none, or one per layer (swap_rate)
     swap_rate: float | None

@@ -37,7 +37,7 @@ def add(parser: Any) -> Any:
     group.add_argument(
         "--cor-lambda",
         type=float,
-        help="Weight of the causal score beside the router probability. Default: the scores file's, 0.1.",
+        help="Weight of the causal score next to the router probability. Default: the scores file's, 0.1.",
     )
     group.add_argument(
         "--cor-swap-rate",

@@ -81,7 +81,7 @@ def _build_layer(original: Any, bound: inspect.BoundArguments, config: CorConfig
 
 
 def _add_buffers(runner: Any, routing: LayerRouting, observe: bool, device: torch.device) -> None:
-    """What the router reads and counts in, where vLLM moves, shares and frees a model's memory."""
+    """What the router reads and counts in, as buffers, whose memory vLLM moves and frees with the model's."""
     if routing.bias is not None:
         # A copy even on the CPU: it will be written to, and the plan is kept.
         runner.register_buffer("cor_bias", routing.bias.to(device, copy=True), persistent=False)
@@ -117,7 +117,7 @@ def _refuse_layer(prefix: str, arguments: dict[str, Any]) -> None:
 
 
 def _groups_refused(arguments: dict[str, Any]) -> str:
-    """Why these groups of experts are not ours; empty where they are, or where there are none."""
+    """Why these groups of experts are refused; empty if they are not, or if there are no groups."""
     groups, experts = arguments["num_expert_group"], arguments["num_experts"]
     if not arguments["use_grouped_topk"] or (groups, arguments["topk_group"]) in ((1, 1), (0, 0)):
         return ""

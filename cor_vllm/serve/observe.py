@@ -19,15 +19,15 @@ def count(
     Args:
         counts: int64 [4], COUNTERS; added to.
         ids: [T, k] integers, the experts of each token; rows of −1 stand for no token.
-        own_ids: [T, k], what the model's own score would have chosen; None where it has chosen.
+        own_ids: [T, k], what the model's own score would have chosen; None if that has chosen.
         num_experts: N; ids are below it.
-        is_padding: [T] bool, further rows that stand for no token; None: there are none.
+        is_padding: [T] bool, further rows that stand for no token; None if there are no such rows.
     """
     ids = ids.long()
     real = ids >= 0
     if is_padding is not None:
         real = real & ~is_padding[:, None]
-    # One column more than experts: where rows without a token go.
+    # One column more than experts, in which rows without a token go.
     chosen = _members(torch.where(real, ids, num_experts), num_experts + 1)[:, :num_experts]
     if own_ids is None:
         changed = torch.zeros_like(counts[0])

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def config_of(vllm_config: "VllmConfig") -> CorConfig | None:
-    """The options that the engine was started with, resolved; None where it is none of ours.
+    """The options that the engine was started with, resolved; None if it was started without ours.
 
     Raises:
         ConfigError: options that no front end with the plugin has seen.

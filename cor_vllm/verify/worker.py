@@ -10,6 +10,7 @@ import torch
 from cor_vllm.serve.config import CorConfig
 from cor_vllm.serve.fit import format_of
 from cor_vllm.serve.layers import RoutingError, finish
+from cor_vllm.serve.objects import Worker
 from cor_vllm.serve.process import config_of, layers_of, scores_of
 from cor_vllm.verify.judge import as_rows, fault_of, first_problem, judge
 from cor_vllm.verify.loaded import check_loaded
@@ -47,7 +48,7 @@ def give_methods() -> None:
     WorkerBase.cor_probe_end = _probe_end
 
 
-def _then_finish(worker: Any, get_weights: Callable[..., None], config: CorConfig) -> Callable[..., None]:
+def _then_finish(worker: Worker, get_weights: Callable[..., None], config: CorConfig) -> Callable[..., None]:
     """Whenever the worker has got weights, every MoE layer must still be ours, and each router reads them.
 
     Expert kernels are chosen until the weights are there, and LoRA wraps the experts after that; a router's
@@ -63,7 +64,7 @@ def _then_finish(worker: Any, get_weights: Callable[..., None], config: CorConfi
 
 
 @torch.inference_mode()
-def _checked_start(worker: Any, determine_available_memory: Any) -> Any:
+def _checked_start(worker: Worker, determine_available_memory: Any) -> Any:
     """Watch the run by which vLLM measures its memory: every MoE layer must be routed as the file says.
 
     Its tokens are dummies, all the same, which say nothing about the routers; those are asked by themselves.
@@ -98,14 +99,14 @@ def _runs_in_python(vllm_config: "VllmConfig") -> bool:
     return not current_platform.is_cpu() or vllm_config.compilation_config.mode == CompilationMode.NONE
 
 
-def _has_weights(worker: Any) -> bool:
+def _has_weights(worker: Worker) -> bool:
     """Whether the routers are a model's: among dummy weights a bias can outweigh the token."""
     return format_of(worker.vllm_config) != "dummy"
 
 
-def _judge(worker: Any, records: list[Any]) -> Any:
+def _judge(worker: Worker, records: list[Any]) -> Any:
     config = config_of(worker.vllm_config)
-    assert config is not None, "only called where counterfactual routing is configured"
+    assert config is not None, "only called if counterfactual routing is configured"
     return judge(records, config, scores_of(config), worker.rank)
 
 

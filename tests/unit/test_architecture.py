@@ -14,7 +14,7 @@ from tools import structure
 ROOT = Path(__file__).parents[2]
 VLLM_SIDE = ("cor_vllm.plugin", "cor_vllm.serve", "cor_vllm.live", "cor_vllm.verify")  # may name vllm
 NEVER_VLLM = {  # of these
-    "config.py", "flags.py", "process.py", "observe.py", "seams.py", "compat.py", "state.py",
+    "config.py", "flags.py", "process.py", "objects.py", "observe.py", "seams.py", "compat.py", "state.py",
     "prefix_cache.py", "judge.py",
 }  # fmt: skip
 
