@@ -105,7 +105,7 @@ def compare(original: Sequence[RouterInfo], copy: Sequence[RouterInfo]) -> Diffe
         original: of every MoE layer of the model that was measured.
         copy: of the same layers of the model to be served, in the same order.
 
-    Source: `docs/scores-file.md`, "What ties a file to a model".
+    Source: `docs/reference/scores-file.md`, "What ties a file to a model".
     """
     kinds: dict[str, list[int]] = {"other": [], "rescaled": [], "retrained": [], "folded": []}
     for ours, theirs in zip(original, copy, strict=True):

@@ -59,7 +59,7 @@ def routers_of(files: Sequence[Path], num_hidden_layers: int) -> Routers:
     Raises:
         FingerprintError: a file is not readable, has no router, or has a quantised one.
 
-    Source: `docs/scores-file.md`, "What ties a file to a model".
+    Source: `docs/reference/scores-file.md`, "What ties a file to a model".
     """
     total, info = hashlib.sha256(), []
     for router in router_layers(files, num_hidden_layers):

@@ -15,7 +15,7 @@ fail() {
 # and not in `docker inspect`.
 secret() { # VARIABLE FILE
     [ -e "$2" ] || return 0
-    [ -r "$2" ] || fail "$2 cannot be read by user $(id -u): give its file to that user (docs/docker.md)"
+    [ -r "$2" ] || fail "$2 cannot be read by user $(id -u): give its file to that user (docs/howto/docker.md)"
     value=$(cat "$2")
     [ -z "$value" ] || export "$1=$value"
 }

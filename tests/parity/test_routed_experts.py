@@ -58,8 +58,8 @@ def test_every_layer_fits_the_widest(checkpoints):
 
 
 def documented_reader():
-    """The function that docs/features.md gives to whoever replays a routing."""
-    page = (Path(__file__).parents[2] / "docs" / "features.md").read_text(encoding="utf-8")
+    """The function that docs/reference/features.md gives to whoever replays a routing."""
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "features.md").read_text(encoding="utf-8")
     [code] = re.findall(
         r"^```python\n(.*?)^```", page.split("## Replaying routed experts")[1], re.DOTALL | re.MULTILINE
     )
