@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 INDEX := $(if $(COR_TORCH_INDEX),--extra-index-url $(COR_TORCH_INDEX))
 
-.PHONY: install demo test test-newest check bench gpu lock clean
+.PHONY: install demo test test-newest check docs bench gpu lock clean
 
 install: $(STAMP)
 
@@ -48,6 +48,19 @@ check: $(STAMP)
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+
+# The site, below .cache/site. A broken link, a page that no menu has or a Python name that is gone is an error.
+DOCS := .cache/docs
+docs: $(DOCS)/.installed
+	@cd .cache && NO_MKDOCS_2_WARNING=1 ../$(DOCS)/bin/mkdocs build --strict --config-file ../mkdocs.yml # from there: see tools/docs_hooks.py
+	@echo "The site is in .cache/site/index.html"
+
+$(DOCS)/.installed: pyproject.toml
+	@test -x $(DOCS)/bin/python || python3 -m venv $(DOCS)
+	@echo "Installing the extra 'docs' of pyproject.toml into $(DOCS) …"
+	@$(DOCS)/bin/pip --disable-pip-version-check install --quiet \
+		$$(python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	@touch $@
 
 # CPU-sized: some minutes on two cores. Tables on stdout, CSV files under benchmarks/results.
 bench: $(STAMP)

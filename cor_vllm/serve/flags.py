@@ -37,6 +37,7 @@ def add(parser: Any) -> Any:
     group.add_argument(
         "--cor-lambda",
         type=float,
+        metavar="LAMBDA",
         help="Weight of the causal score next to the router probability. Default: the scores file's, 0.1.",
     )
     group.add_argument(
@@ -64,7 +65,7 @@ def add(parser: Any) -> Any:
         help="What weighs the selected experts: the router probability (default), or the fused score, "
         "renormalised.",
     )
-    group.add_argument("--cor-seed", type=int, help="Seed of --cor-mode random. Default: 0.")
+    group.add_argument("--cor-seed", type=int, metavar="N", help="Seed of --cor-mode random. Default: 0.")
     # default None, not False: a flag that was not given must not count as given.
     group.add_argument(
         "--cor-admin",

@@ -1,0 +1,79 @@
+"""The reference pages say what the code does: commands and flags, Python names, metrics."""
+
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = ROOT / "docs" / "reference"
+
+
+def program(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_commands_and_flags_are_those_of_the_parsers() -> None:
+    """After a change of a help text: python tools/reference.py."""
+    written = program("reference")
+    assert (REFERENCE / "commands.md").read_text(encoding="utf-8") == written.commands()
+    assert (REFERENCE / "flags.md").read_text(encoding="utf-8") == written.serving_flags()
+
+
+def names() -> list[str]:
+    return re.findall(r"^::: (\S+)$", (REFERENCE / "api.md").read_text(encoding="utf-8"), flags=re.M)
+
+
+def test_the_public_modules_are_on_the_page() -> None:
+    modules = {name.rpartition(".")[0] for name in names()}
+    assert {"cor_vllm.scores", "cor_vllm.budget", "cor_vllm.kernels.dispatch", "cor_vllm.modes"} <= modules
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_public_name_can_be_imported_and_says_what_it_is(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    found: Any = getattr(importlib.import_module(module), attribute)
+    assert isinstance(found, dict) or found.__doc__
+
+
+def test_every_metric_is_on_the_page() -> None:
+    page = (REFERENCE / "metrics.md").read_text(encoding="utf-8")
+    source = (ROOT / "cor_vllm" / "live" / "metrics.py").read_text(encoding="utf-8")
+    found = set(re.findall(r'"(cor_[a-z_]+)"', source))
+    assert len(found) > 6
+    from cor_vllm.serve.observe import COUNTERS
+
+    found |= {f"cor_{counter}_total" for counter in COUNTERS}
+    assert not {name for name in found if name not in page}
+
+
+def test_every_field_of_the_endpoint_is_on_the_page() -> None:
+    from cor_vllm.live.state import State
+
+    page = (REFERENCE / "endpoint.md").read_text(encoding="utf-8")
+    fields = {field.alias or name for name, field in State.model_fields.items()}
+    assert not {name for name in fields if f"`{name}`" not in page}
+
+
+def test_every_mode_is_in_the_method() -> None:
+    from cor_vllm.modes import MODES
+
+    page = (REFERENCE / "method.md").read_text(encoding="utf-8")
+    assert not {name for name in MODES if f"| `{name}` |" not in page}
+
+
+def test_every_section_of_a_scores_file_is_on_the_page() -> None:
+    from cor_vllm.metadata import ScoresConfig
+    from cor_vllm.scores import Scores
+
+    page = (REFERENCE / "scores-file.md").read_text(encoding="utf-8")
+    wanted = {*ScoresConfig.model_fields, *Scores.__dataclass_fields__} - {"config"}
+    assert not {name for name in wanted if f"`{name}`" not in page}
