@@ -28,8 +28,8 @@ from rich.table import Table
 
 from benchmarks.results import device_name, write_rows
 from cor_vllm.calibrate.config import CalibrationOptions
-from cor_vllm.calibrate.interventions.measurement import Baseline
-from cor_vllm.calibrate.interventions.plain import PlainAlgorithm, baseline
+from cor_vllm.calibrate.interventions.measurement import Baseline, baseline
+from cor_vllm.calibrate.interventions.plain import PlainAlgorithm
 from cor_vllm.calibrate.interventions.sweep import Sweep
 from cor_vllm.calibrate.model.loading import load_model
 from cor_vllm.calibrate.model.moe_model import MoeModel

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.results import device_name, write_rows
 from cor_vllm.calibrate.config import CalibrationOptions
-from cor_vllm.calibrate.interventions.plain import baseline
+from cor_vllm.calibrate.interventions.measurement import baseline
 from cor_vllm.calibrate.interventions.sweep import Sweep
 from cor_vllm.calibrate.model.loading import load_model
 from cor_vllm.calibrate.model.moe_model import MoeModel

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from cor_vllm import scores as scores_file
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
 from cor_vllm.calibrate.interventions.checks import check_baseline, check_measured
-from cor_vllm.calibrate.interventions.plain import PlainAlgorithm, baseline
+from cor_vllm.calibrate.interventions.measurement import baseline
+from cor_vllm.calibrate.interventions.plain import PlainAlgorithm
 from cor_vllm.calibrate.interventions.state import PartialState
 from cor_vllm.calibrate.interventions.sweep import Sweep
 from cor_vllm.calibrate.model.families import eligible_experts, num_experts

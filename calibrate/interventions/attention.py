@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from cor_vllm.calibrate.config import CalibrationError
+from cor_vllm.calibrate.model.layers import FOLLOWED
 
 NAME = "cor_sweep"
-FOLLOWED = ("sdpa", "eager")  # attention implementations that are given a mask to read windows from
 # What the attention function is told beside q, k, v and mask, and that changes nothing here: the mask says
 # what a window lets through, and in evaluation mode nothing is dropped.
 IGNORED = {"sliding_window", "dropout", "position_ids", "past_key_values", "use_cache", "is_causal"}

@@ -6,7 +6,7 @@ import torch
 
 from cor_vllm.calibrate.config import CalibrationOptions
 from cor_vllm.calibrate.interventions.attention import Places
-from cor_vllm.calibrate.interventions.plain import pad
+from cor_vllm.calibrate.model.batches import pad
 from cor_vllm.calibrate.model.layers import enter
 from cor_vllm.calibrate.model.moe_model import MoeModel
 

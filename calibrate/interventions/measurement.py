@@ -3,10 +3,18 @@
 H hard and E easy positions in their order over the sequences, K = the model's top_k, N routed experts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from cor_vllm.calibrate.model.batches import cut, pad, sequence_batches
+from cor_vllm.calibrate.model.forward import batch_losses
+from cor_vllm.calibrate.model.moe_model import MoeModel
+from cor_vllm.calibrate.text.stratify import Strata
+
+Advance = Callable[[int], None]
+"""Called with the number of rows that a forward has finished."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,3 +44,32 @@ class LayerMeasurement:
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "LayerMeasurement":
         """The inverse of `tensors`."""
         return cls(**tensors)
+
+
+def baseline(model: MoeModel, sequences: Sequence[Sequence[int]]) -> Baseline:
+    """Losses and router logits of every position, without intervention.
+
+    Raises:
+        RuntimeError: a router was not called once per forward, so interventions on it would do nothing.
+    """
+    padded = [pad(group) for group in sequence_batches(sequences)]
+    with model.record_router_logits() as records:
+        [losses] = batch_losses(model, padded)
+    logits = []
+    for layer, record in enumerate(records):
+        if len(record) != len(padded):
+            raise RuntimeError(
+                f"the router of MoE layer {layer} ran {len(record)} times in {len(padded)} forwards, not "
+                "once each: the model bypasses its router module, and calibrating it would measure nothing"
+            )
+        per_row = [
+            values.view(*input_ids.shape, -1) for values, input_ids in zip(record, padded, strict=True)
+        ]
+        logits.append(cut(per_row, sequences))
+    return Baseline(cut(losses, sequences), logits)
+
+
+def active_experts(model: MoeModel, base: Baseline, strata: Strata) -> list[torch.Tensor]:
+    """A(t) of every hard position: per MoE layer [H, top_k] int64, by descending score."""
+    logits = [router_logits[strata.hard] for router_logits in base.router_logits]
+    return [router.route(rows)[1].long() for router, rows in zip(model.routers, logits, strict=True)]

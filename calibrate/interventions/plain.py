@@ -5,95 +5,18 @@ is causal, so a row whose loss is read at position t alone is cut after token t+
 away from a whole sequence leaves the layers below as they are: there the forward starts at its layer.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 
 from cor_vllm.calibrate.config import CalibrationOptions
-from cor_vllm.calibrate.interventions.measurement import Baseline, LayerMeasurement
+from cor_vllm.calibrate.interventions.measurement import Advance, Baseline, LayerMeasurement, active_experts
 from cor_vllm.calibrate.interventions.prefix import Prefix
-from cor_vllm.calibrate.model.forward import batch_losses
+from cor_vllm.calibrate.model.batches import Row, batches, pad, rows_per_forward
 from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.text.stratify import Strata, locate
-
-TOKENS_PER_FORWARD = 4096
-
-Advance = Callable[[int], None]
-"""Called with the number of rows that a forward has finished."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One intervention: which sequence it runs on and where it acts (position None: everywhere)."""
-
-    sequence: int
-    position: int | None = None
-    expert: int = -1
-
-
-def batches(rows: Sequence[Row], sequences: Sequence[Sequence[int]]) -> Iterator[list[tuple[Row, list[int]]]]:
-    """Rows with the tokens they need, grouped in order so that a padded batch holds ≤ TOKENS_PER_FORWARD."""
-    batch: list[tuple[Row, list[int]]] = []
-    for row in rows:
-        ids = list(sequences[row.sequence])
-        ids = ids if row.position is None else ids[: row.position + 2]
-        width = max(len(ids), *(len(other) for _, other in batch)) if batch else len(ids)
-        if batch and width * (len(batch) + 1) > TOKENS_PER_FORWARD:
-            yield batch
-            batch = []
-        batch.append((row, ids))
-    if batch:
-        yield batch
-
-
-def pad(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-    """[B, S] int64; short rows are filled on the right with id 0, which nothing before it can see."""
-    width = max(map(len, sequences))
-    return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in sequences])
-
-
-def baseline(model: MoeModel, sequences: Sequence[Sequence[int]]) -> Baseline:
-    """Losses and router logits of every position, without intervention.
-
-    Raises:
-        RuntimeError: a router was not called once per forward, so interventions on it would do nothing.
-    """
-    padded = [pad(group) for group in sequence_batches(sequences)]
-    with model.record_router_logits() as records:
-        [losses] = batch_losses(model, padded)
-    logits = []
-    for layer, record in enumerate(records):
-        if len(record) != len(padded):
-            raise RuntimeError(
-                f"the router of MoE layer {layer} ran {len(record)} times in {len(padded)} forwards, not "
-                "once each: the model bypasses its router module, and calibrating it would measure nothing"
-            )
-        per_row = [
-            values.view(*input_ids.shape, -1) for values, input_ids in zip(record, padded, strict=True)
-        ]
-        logits.append(cut(per_row, sequences))
-    return Baseline(cut(losses, sequences), logits)
-
-
-def sequence_batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[list[int]]]:
-    """Whole sequences, in order, as `batches` groups them."""
-    for batch in batches([Row(s) for s in range(len(sequences))], sequences):
-        yield [ids for _, ids in batch]
-
-
-def cut(values: Sequence[torch.Tensor], sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-    """[P, …] values of all positions, without padding, from those of padded batches: [B, ≥ S−1, …] each."""
-    rows = [row for batch in values for row in batch]
-    return torch.cat([row[: len(ids) - 1] for row, ids in zip(rows, sequences, strict=True)])
-
-
-def active_experts(model: MoeModel, base: Baseline, strata: Strata) -> list[torch.Tensor]:
-    """A(t) of every hard position: per MoE layer [H, top_k] int64, by descending score."""
-    logits = [router_logits[strata.hard] for router_logits in base.router_logits]
-    return [router.route(rows)[1].long() for router, rows in zip(model.routers, logits, strict=True)]
 
 
 class PlainAlgorithm:
@@ -200,7 +123,7 @@ class PlainAlgorithm:
             length = len(self._sequences[sequence])
             start = self._starts[sequence]
             experts = torch.tensor([row.expert for row in group])[:, None].expand(-1, length)
-            for block in experts.split(max(1, TOKENS_PER_FORWARD // length)):
+            for block in experts.split(rows_per_forward(length)):
                 with intervene(torch.ones(block.shape, dtype=torch.bool), block):
                     losses = self._prefix.losses(sequence, len(block)).double()
                 changes += losses - self._losses[start : start + length - 1]

@@ -21,8 +21,7 @@ import torch
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
 from cor_vllm.calibrate.interventions.attention import Places, SharedAttention
 from cor_vllm.calibrate.interventions.chunk import Chunk
-from cor_vllm.calibrate.interventions.measurement import Baseline, LayerMeasurement
-from cor_vllm.calibrate.interventions.plain import Advance, active_experts
+from cor_vllm.calibrate.interventions.measurement import Advance, Baseline, LayerMeasurement, active_experts
 from cor_vllm.calibrate.model.layers import check_rotary, chunks, run
 from cor_vllm.calibrate.model.memory import check_host_memory, head_rows, layer_rows
 from cor_vllm.calibrate.model.moe_model import MoeModel

@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_map
 
 from cor_vllm.calibrate.config import CalibrationError
 
+FOLLOWED = ("sdpa", "eager")  # attention implementations that are given a mask, from which windows are read
+
 
 @dataclass(frozen=True, eq=False)
 class Arguments:

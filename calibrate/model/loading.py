@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from cor_vllm.calibrate.config import CalibrationError
-from cor_vllm.calibrate.interventions.attention import FOLLOWED
 from cor_vllm.calibrate.model import limits
 from cor_vllm.calibrate.model.families import check_family
+from cor_vllm.calibrate.model.layers import FOLLOWED
 from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.model.offload import Room, Weights, align, in_words, placement, weights_of
 from cor_vllm.checkpoint import FingerprintError, weight_names

@@ -8,7 +8,7 @@ import torch
 
 from cor_vllm import modes
 from cor_vllm.calibrate.interventions.checks import check_losses
-from cor_vllm.calibrate.interventions.plain import cut, pad, sequence_batches
+from cor_vllm.calibrate.model.batches import cut, pad, sequence_batches
 from cor_vllm.calibrate.model.forward import batch_losses
 from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.model.router import Rule, rule_of

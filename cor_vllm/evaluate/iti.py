@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from cor_vllm.calibrate.interventions.plain import pad, sequence_batches
+from cor_vllm.calibrate.model.batches import pad, sequence_batches
 from cor_vllm.calibrate.model.offload import execution_device
 
 FORMAT = "cor-iti/1"

@@ -66,6 +66,36 @@ def test_the_calibrator_never_imports_vllm(file):
     assert not any(n.startswith(VLLM_SIDE) for n in imported(file))
 
 
+@pytest.mark.parametrize("module", ["sweep", "chunk", "prefix", "attention", "measurement"])
+def test_the_sweep_takes_nothing_from_its_oracle(module):
+    """The sweep is held against `plain`; what both use is in a module of its own."""
+    names = {n.split(".")[-1] for n in spelled(ROOT / f"calibrate/interventions/{module}.py")}
+    assert "plain" not in names
+
+
+CALIBRATE = "cor_vllm.calibrate."
+ROOMS = ("config", "model", "text", "interventions", "result")  # each imports from those before it
+
+
+@pytest.mark.parametrize("file", files(*(f"calibrate/{room}" for room in ROOMS[1:])), ids=name)
+def test_the_rooms_of_the_calibrator_point_one_way(file):
+    """The command and the pipeline stand above all rooms, and no room imports from them."""
+    inside = {n.removeprefix(CALIBRATE).split(".")[0] for n in spelled(file) if n.startswith(CALIBRATE)}
+    assert inside <= set(ROOMS[: ROOMS.index(file.parent.name) + 1])
+
+
+def spelled(file: Path) -> set[str]:
+    """Every dotted name in a file's imports, also those for type checkers alone: module.name."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
 @pytest.mark.parametrize("file", files("cor_vllm"), ids=name)
 def test_only_the_wings_of_the_server_import_vllm(file):
     """Only serve, live and verify name vLLM, and only evaluate, like the calibrator, transformers."""

@@ -12,8 +12,7 @@ from rich.console import Console
 
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
 from cor_vllm.calibrate.interventions.checks import check_baseline, check_measured, ignores_the_token, named
-from cor_vllm.calibrate.interventions.measurement import LayerMeasurement
-from cor_vllm.calibrate.interventions.plain import baseline
+from cor_vllm.calibrate.interventions.measurement import LayerMeasurement, baseline
 from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.pipeline import calibrate
 from cor_vllm.testing import tiny_models

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cor_vllm.calibrate.config import CalibrationError
-from cor_vllm.calibrate.interventions.plain import TOKENS_PER_FORWARD, Row, baseline, batches, pad
+from cor_vllm.calibrate.interventions.measurement import baseline
+from cor_vllm.calibrate.model.batches import TOKENS_PER_FORWARD, Row, batches, pad
 from cor_vllm.calibrate.model.families import check_family
 from cor_vllm.calibrate.model.loading import load_model, model_folder, read_config
 from cor_vllm.calibrate.model.moe_model import MoeModel

@@ -15,8 +15,7 @@ from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from rich.console import Console
 
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
-from cor_vllm.calibrate.interventions.measurement import LayerMeasurement
-from cor_vllm.calibrate.interventions.plain import baseline
+from cor_vllm.calibrate.interventions.measurement import LayerMeasurement, baseline
 from cor_vllm.calibrate.interventions.sweep import Sweep
 from cor_vllm.calibrate.model import limits, loading, offload
 from cor_vllm.calibrate.model.forward import batch_losses
@@ -100,9 +99,8 @@ def test_the_same_bits_and_each_weight_once_a_pass(
     kind: str, checkpoint: Path, tmp_path: Path, brought: Counter[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(
-        "cor_vllm.calibrate.interventions.plain.TOKENS_PER_FORWARD", 400
-    )  # several baseline batches
+    # Several batches of the baseline.
+    monkeypatch.setattr("cor_vllm.calibrate.model.batches.TOKENS_PER_FORWARD", 400)
     losses, measured = run(load_model(checkpoint, "auto", "cpu"))
     model = offloaded(kind, checkpoint, tmp_path / "waiting")
     assert model.offloaded and all(p.is_meta for p in model.model.parameters())

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from cor_vllm.calibrate.config import CalibrationOptions
-from cor_vllm.calibrate.interventions.plain import PlainAlgorithm, baseline
+from cor_vllm.calibrate.interventions.measurement import baseline
+from cor_vllm.calibrate.interventions.plain import PlainAlgorithm
 from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.text.stratify import Strata, stratify
 from cor_vllm.testing import tiny_models

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from cor_vllm.calibrate.interventions import plain
 from cor_vllm.calibrate.interventions.plain import PlainAlgorithm
+from cor_vllm.calibrate.model import batches
 from cor_vllm.testing import tiny_models
 from tests.unit.test_calibrate_sweep import Case, options
 
@@ -14,7 +14,7 @@ from tests.unit.test_calibrate_sweep import Case, options
 @pytest.mark.parametrize("ablation", ["backfill", "drop"])
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_reused_layers_change_nothing(family: str, ablation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plain, "TOKENS_PER_FORWARD", 80)  # several blocks of the longer sequences
+    monkeypatch.setattr(batches, "TOKENS_PER_FORWARD", 80)  # several blocks of the longer sequences
     case = Case(family)
     chosen = options(scope="sequence", ablation=ablation)
     done: list[int] = []

@@ -14,7 +14,7 @@ from cor_vllm import scores as scores_file
 from cor_vllm.budget import allocate, allocate_paper
 from cor_vllm.calibrate.config import CalibrationOptions
 from cor_vllm.calibrate.interventions import state
-from cor_vllm.calibrate.interventions.plain import baseline
+from cor_vllm.calibrate.interventions.measurement import baseline
 from cor_vllm.calibrate.interventions.sweep import Sweep
 from cor_vllm.calibrate.model.loading import load_model
 from cor_vllm.calibrate.pipeline import calibrate

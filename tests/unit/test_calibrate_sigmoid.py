@@ -9,7 +9,7 @@ from rich.console import Console
 
 from cor_vllm import scores as scores_file
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
-from cor_vllm.calibrate.interventions.plain import baseline
+from cor_vllm.calibrate.interventions.measurement import baseline
 from cor_vllm.calibrate.model.loading import load_model
 from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.pipeline import calibrate

@@ -9,8 +9,8 @@ import torch
 from pydantic import ValidationError
 
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
-from cor_vllm.calibrate.interventions.measurement import LayerMeasurement
-from cor_vllm.calibrate.interventions.plain import PlainAlgorithm, baseline
+from cor_vllm.calibrate.interventions.measurement import LayerMeasurement, baseline
+from cor_vllm.calibrate.interventions.plain import PlainAlgorithm
 from cor_vllm.calibrate.interventions.sweep import Sweep
 from cor_vllm.calibrate.model.layers import chunks
 from cor_vllm.calibrate.model.loading import load_model
