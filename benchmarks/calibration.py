@@ -26,7 +26,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.results import device_name, write_rows
+from benchmarks.common.results import device_name, write_rows
+from benchmarks.common.sequences import random_sequences
 from cor_vllm.calibrate.config import CalibrationOptions
 from cor_vllm.calibrate.interventions.measurement import Baseline, baseline
 from cor_vllm.calibrate.interventions.plain import PlainAlgorithm
@@ -85,15 +86,6 @@ def random_model(layers: int, experts: int) -> MoeModel:
     )  # fmt: skip
     config._experts_implementation = "eager"
     return MoeModel(Qwen3MoeForCausalLM(config))
-
-
-def random_sequences(vocabulary: int, tokens: int, seq_len: int) -> list[list[int]]:
-    """Token ids with `tokens` positions in all."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = [seq_len] * (tokens // (seq_len - 1))
-    left = tokens - len(lengths) * (seq_len - 1)
-    lengths += [left + 1] if left else []
-    return [torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in lengths]
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def run(engine: dict[str, Any], batches: list[int], input_len: int, steps: int) 
     """One result per batch."""
     from vllm import LLM, SamplingParams
 
-    from benchmarks.client import Load
+    from benchmarks.common.client import Load
 
     llm = LLM(**engine, enforce_eager=True, enable_prefix_caching=False, disable_log_stats=True)
     recorder = Recorder()

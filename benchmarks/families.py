@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import dummy_models
-from benchmarks.results import RESULTS, device_name, markdown, run_folder, write_rows
-from benchmarks.servers import ROOT, Contestant
+from benchmarks.common import dummy_models
+from benchmarks.common.results import RESULTS, device_name, markdown, run_folder, write_rows
+from benchmarks.common.servers import DUMMY_WEIGHTS, ROOT, Contestant
 from cor_vllm.commands import lifetime
 from cor_vllm.serve import cpu
 from cor_vllm.testing.server import last_error
@@ -60,7 +60,7 @@ def one(row: str, folder: Path, device: str) -> dict[str, Any]:
     )
     scores = dummy_models.write_scores(model, k, folder / "scores.safetensors")
     llm = LLM(
-        model=str(model), load_format="dummy", worker_extension_cls="benchmarks.dummy_weights.DummyWeights",
+        model=str(model), load_format="dummy", worker_extension_cls=DUMMY_WEIGHTS,
         additional_config={"cor": {"scores": str(scores), "lambda": 0.1}}, max_model_len=256, max_num_seqs=8,
         enable_prefix_caching=False, disable_log_stats=True, **engine_options(device),
     )  # fmt: skip
@@ -72,11 +72,11 @@ def one(row: str, folder: Path, device: str) -> dict[str, Any]:
         for output in outputs
         for step, token in zip(output.outputs[0].logprobs, output.outputs[0].token_ids, strict=True)
     ]
-    own, kernel = router.cor_topk, llm.apply_model(expert_kernel)[0]
+    own, kernel = router.route, llm.apply_model(expert_kernel)[0]
     routed = score(llm, texts)
-    router.cor_topk = functools.partial(own, backend="torch")
+    router.route = functools.partial(own, backend="torch")
     plain = score(llm, texts)
-    router.cor_topk = lambda logits, bias, *args, **options: own(logits, None, *args, **options)
+    router.route = lambda logits, bias, *args, **options: own(logits, None, *args, **options)
     unbiased = score(llm, texts)
     return {"model": row, "k_l": " ".join(map(str, k)), "expert kernel": kernel} | judge(
         generated, routed, plain, unbiased

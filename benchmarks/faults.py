@@ -22,7 +22,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 
-from benchmarks.results import device_name, markdown, write_rows
+from benchmarks.common.results import device_name, markdown, write_rows
 from cor_vllm import scores
 from cor_vllm.testing.make_scores import make
 from cor_vllm.testing.server import ServerFailed, environment, serve

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import device_name, run_folder, versions
-from benchmarks.servers import ROOT
+from benchmarks.common.results import device_name, run_folder, versions
+from benchmarks.common.servers import ROOT
 from cor_vllm.commands import lifetime
 
 # Seconds of each part; serving gets what is left, the last part's share set aside.
@@ -85,8 +85,8 @@ def sources() -> str:
     """A hash of the Python files, where a copy without git has to be recognised."""
     total = hashlib.sha256()
     for folder in ("cor_vllm", "kernels", "benchmarks"):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            total.update(f"{folder}/{path.name}\n".encode() + path.read_bytes())
+        for path in sorted((ROOT / folder).rglob("*.py")):  # does not follow cor_vllm's links
+            total.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return total.hexdigest()
 
 

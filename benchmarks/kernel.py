@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.graphs import Call, alternate, timer
-from benchmarks.ratios import Ratio, aim, paired
-from benchmarks.results import device_name, markdown, run_folder, write_rows
+from benchmarks.common.graphs import Call, alternate, timer
+from benchmarks.common.ratios import Ratio, aim, paired
+from benchmarks.common.results import device_name, markdown, run_folder, write_rows
 from cor_vllm.kernels import reference
 from cor_vllm.kernels.dispatch import route
 from cor_vllm.kernels.scoring import Scoring
@@ -75,7 +75,7 @@ def vllm_op(inputs: Inputs) -> Call:
 
 def floor(programs: int) -> Call:
     """The launch alone."""
-    from benchmarks.empty_kernel import empty
+    from benchmarks.common.empty_kernel import empty
 
     return lambda i: empty[(programs,)](num_warps=1)
 

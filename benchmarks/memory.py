@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from benchmarks.calibration import random_sequences
-from benchmarks.results import device_name, write_rows
+from benchmarks.common.results import device_name, write_rows
+from benchmarks.common.sequences import random_sequences
 from cor_vllm.calibrate import pipeline
 from cor_vllm.calibrate.config import CalibrationOptions
 from cor_vllm.calibrate.model import limits, loading, offload

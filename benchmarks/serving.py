@@ -24,16 +24,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import dummy_models, servers
-from benchmarks.client import ClientFailed, Figures, Load, measure
-from benchmarks.ratios import Ratio, aim, at_least, paired
-from benchmarks.results import device_name, markdown, run_folder, write_rows
+from benchmarks.common import dummy_models, servers
+from benchmarks.common.client import ClientFailed, Figures, Load, measure
+from benchmarks.common.ratios import Ratio, aim, at_least, paired
+from benchmarks.common.results import device_name, markdown, run_folder, write_rows
+from benchmarks.common.servers import DUMMY_WEIGHTS, TORCH_ROUTER, Setting
 from cor_vllm.testing.server import ServerFailed
 
 DEMO = Path(__file__).parents[1] / "examples/demo/model"
@@ -42,33 +43,9 @@ METRICS = {"tokens/s": "tokens_per_second", "TTFT, ms": "ttft", "TPOT, ms": "tpo
 AGAIN = "stock again"
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is served and asked for."""
-
-    model: Path
-    flags: tuple[str, ...]  # of every server
-    cor: dict[str, dict[str, Any]]  # contestant → additional_config["cor"]; stock has none
-    plain_torch: str | None  # worker extension of the contestant "torch"
-    dummy_weights: str | None  # worker extension of all others
-    batches: tuple[int, ...]
-    input_len: int
-    output_len: int
-    pause: float = 0.0  # seconds between two measurements
-    env: tuple[tuple[str, str], ...] = ()  # of every server, beside the usual
-
-    def contestants(self) -> list[servers.Contestant]:
-        return [
-            servers.Contestant("stock", self.dummy_weights),
-            *(servers.Contestant(name, self.extension(name), cor) for name, cor in self.cor.items()),
-        ]
-
-    def extension(self, name: str) -> str | None:
-        return self.plain_torch if name == "torch" else self.dummy_weights
-
-    def load(self, batch: int) -> Load:
-        waves = max(1, 4 // batch)
-        return Load(self.model, batch, waves, self.input_len, self.output_len)
+def load_of(setting: Setting, batch: int) -> Load:
+    """What the client asks of every server at this batch."""
+    return Load(setting.model, batch, max(1, 4 // batch), setting.input_len, setting.output_len)
 
 
 def on_cpu(folder: Path, model: Path, batches: list[int] | None) -> Setting:
@@ -99,8 +76,7 @@ def on_gpu(folder: Path, layers: int, batches: list[int] | None, graphs_only: bo
     if graphs_only:
         flags += ("-cc.mode=0", "-cc.cudagraph_mode=FULL_DECODE_ONLY")
     cor = _modes(file)
-    dummy, plain = "benchmarks.dummy_weights.DummyWeights", "benchmarks.torch_router.TorchRouter"
-    return Setting(model, flags, {**cor, "torch": cor["full"]}, plain, dummy, sizes, 128, 96)
+    return Setting(model, flags, {**cor, "torch": cor["full"]}, TORCH_ROUTER, DUMMY_WEIGHTS, sizes, 128, 96)
 
 
 def _modes(file: str) -> dict[str, dict[str, Any]]:
@@ -151,7 +127,7 @@ def alternate(urls: dict[str, str], setting: Setting, seconds: float, most: int)
         for batch in setting.batches:
             for name in order if number % 2 else reversed(order):
                 time.sleep(setting.pause)
-                load = setting.load(batch) if number else replace(setting.load(batch), waves=1)
+                load = load_of(setting, batch) if number else replace(load_of(setting, batch), waves=1)
                 figures = measure(urls["stock" if name == AGAIN else name], load)
                 if number:
                     measured[batch][name].append(figures)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from benchmarks.results import device_name, write_rows
+from benchmarks.common.results import device_name, write_rows
 from cor_vllm.calibrate.config import CalibrationOptions
 from cor_vllm.calibrate.interventions.measurement import baseline
 from cor_vllm.calibrate.interventions.sweep import Sweep

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import servers, serving
+from benchmarks import serving
+from benchmarks.common import servers
 from cor_vllm.testing import tiny_models
 
 

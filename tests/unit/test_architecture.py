@@ -84,6 +84,15 @@ def test_the_rooms_of_the_calibrator_point_one_way(file):
     assert inside <= set(ROOMS[: ROOMS.index(file.parent.name) + 1])
 
 
+@pytest.mark.parametrize("file", files("benchmarks"), ids=name)
+def test_a_benchmark_is_a_program_or_shared_by_programs(file):
+    """`python -m benchmarks.NAME` runs every module outside of common/, and common/ imports none of those."""
+    shared = file.parent.name == "common"
+    assert ("__main__" in file.read_text()) != shared
+    of_benchmarks = {n for n in spelled(file) if n.startswith("benchmarks.")}
+    assert not shared or all(n.startswith("benchmarks.common") for n in of_benchmarks)
+
+
 def spelled(file: Path) -> set[str]:
     """Every dotted name in a file's imports, also those for type checkers alone: module.name."""
     names: set[str] = set()

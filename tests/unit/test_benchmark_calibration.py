@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import calibration, results
+from benchmarks import calibration
+from benchmarks.common import results
 from cor_vllm.calibrate.interventions.sweep import CHECKED
 from cor_vllm.testing import tiny_models
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import dummy_models, families, gpu, graphs, kernel, kernel_check, results, servers, serving
-from benchmarks.client import Figures
+from benchmarks import families, gpu, kernel, kernel_check, serving
+from benchmarks.common import dummy_models, graphs, results, servers
+from benchmarks.common.client import Figures
+from benchmarks.common.ratios import Ratio, at_least, paired
+from benchmarks.common.routing_cases import Case, Inputs, difference
 from benchmarks.distinct import Recorder
-from benchmarks.kernel_check import Case, Inputs, difference
-from benchmarks.ratios import Ratio, at_least, paired
 from cor_vllm.kernels import reference
 
 
@@ -176,7 +177,7 @@ def test_a_pair_at_a_time_has_stock_in_each(tmp_path: Path) -> None:
     assert list(names) == ["stock", "off", "expert", "full", "torch"]
     assert names["stock"].env()["VLLM_PLUGINS"] == "" and "VLLM_PLUGINS" not in names["off"].env()
     assert "--additional-config" not in names["stock"].flags()
-    assert "benchmarks.torch_router.TorchRouter" in names["torch"].flags()
+    assert "benchmarks.common.torch_router.TorchRouter" in names["torch"].flags()
     assert names["torch"].cor == names["full"].cor
     engine = servers.keywords(setting.flags)
     assert engine["load_format"] == "dummy" and engine["max_num_seqs"] == 256
@@ -287,7 +288,7 @@ def test_worker_extensions() -> None:
     code = """
 import torch
 from cor_vllm.serve import router
-from benchmarks import torch_router, dummy_weights
+from benchmarks.common import torch_router, dummy_weights
 assert router.route.keywords == {"backend": "torch"}
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 assert DummyModelLoader.load_weights is dummy_weights.load_weights

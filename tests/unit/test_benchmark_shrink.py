@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import results, shrink
+from benchmarks import shrink
+from benchmarks.common import results
 from cor_vllm.testing import tiny_models
 
 

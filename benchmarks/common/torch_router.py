@@ -6,8 +6,8 @@ vLLM imports a worker extension before the worker builds its model, so before an
 import functools
 import logging
 
-from benchmarks.dummy_weights import DummyWeights
-from benchmarks.servers import PLAIN_TORCH
+from benchmarks.common.dummy_weights import DummyWeights
+from benchmarks.common.servers import PLAIN_TORCH
 from cor_vllm.kernels.dispatch import route
 from cor_vllm.serve import router
 
@@ -16,4 +16,4 @@ logging.getLogger("vllm.cor").warning(PLAIN_TORCH)
 
 
 class TorchRouter(DummyWeights):
-    """`--worker-extension-cls benchmarks.torch_router.TorchRouter`."""
+    """`--worker-extension-cls benchmarks.common.torch_router.TorchRouter`."""

@@ -11,16 +11,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cor_vllm.commands import lifetime
 from cor_vllm.testing.server import ServerFailed, environment, serve
 
-if TYPE_CHECKING:
-    from benchmarks.serving import Setting
-
-ROOT = Path(__file__).parents[1]
-PLAIN_TORCH = "benchmark: plain torch routes"  # in the log of a server with benchmarks.torch_router
+ROOT = Path(__file__).parents[2]
+DUMMY_WEIGHTS = "benchmarks.common.dummy_weights.DummyWeights"  # worker extensions, as vLLM is given them
+TORCH_ROUTER = "benchmarks.common.torch_router.TorchRouter"
+PLAIN_TORCH = "benchmark: plain torch routes"  # in the log of a server with TORCH_ROUTER
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,33 @@ class Contestant:
         return env if self.cor is not None else {**env, "VLLM_PLUGINS": ""}
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What is served and asked for."""
+
+    model: Path
+    flags: tuple[str, ...]  # of every server
+    cor: dict[str, dict[str, Any]]  # contestant → additional_config["cor"]; stock has none
+    plain_torch: str | None  # worker extension of the contestant "torch"
+    dummy_weights: str | None  # worker extension of all others
+    batches: tuple[int, ...]
+    input_len: int
+    output_len: int
+    pause: float = 0.0  # seconds between two measurements
+    env: tuple[tuple[str, str], ...] = ()  # of every server, beside the usual
+
+    def contestants(self) -> list[Contestant]:
+        return [
+            Contestant("stock", self.dummy_weights),
+            *(Contestant(name, self.extension(name), cor) for name, cor in self.cor.items()),
+        ]
+
+    def extension(self, name: str) -> str | None:
+        return self.plain_torch if name == "torch" else self.dummy_weights
+
+
 @contextlib.contextmanager
-def running(contestants: Sequence[Contestant], setting: "Setting", logs: Path) -> Iterator[dict[str, str]]:
+def running(contestants: Sequence[Contestant], setting: Setting, logs: Path) -> Iterator[dict[str, str]]:
     """All servers, started and stopped side by side: name → URL.
 
     Raises:
@@ -93,7 +117,7 @@ def _check_log(contestant: Contestant, log: Path) -> None:
         )
 
 
-def count_experts(contestant: Contestant, setting: "Setting") -> "subprocess.Popen[str]":
+def count_experts(contestant: Contestant, setting: Setting) -> "subprocess.Popen[str]":
     """benchmarks.distinct on the same model, prompts and routing, as a process of its own."""
     engine = {"model": str(setting.model), **keywords(setting.flags)}
     if contestant.extension:

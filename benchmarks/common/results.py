@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(__file__).parents[1] / "results"
 PACKAGES = ("cor-vllm", "vllm", "torch", "triton", "transformers", "accelerate")
 
 

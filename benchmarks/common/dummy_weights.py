@@ -16,7 +16,7 @@ ROUTER_STD = 2.0
 
 
 class DummyWeights:
-    """`--worker-extension-cls benchmarks.dummy_weights.DummyWeights`; importing it is what matters."""
+    """`--worker-extension-cls benchmarks.common.dummy_weights.DummyWeights`; importing it is what matters."""
 
 
 def load_weights(self: DummyModelLoader, model: nn.Module, model_config: object) -> None:

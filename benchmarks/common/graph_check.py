@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernel_check
-from benchmarks.graphs import capture
-from benchmarks.kernel_check import NEEDS_GPU, PASSED, Case, Inputs
+from benchmarks.common.graphs import capture
+from benchmarks.common.routing_cases import NEEDS_GPU, PASSED, Case, Inputs, difference, kernel
 
 
 def run(device: str) -> Iterator[tuple[str, str]]:
@@ -29,7 +28,7 @@ def all_k_in_one_graph() -> str:
     results: list[Any] = []
 
     def work() -> None:
-        results[:] = [kernel_check.kernel(case, inputs) for case in graph_cases]
+        results[:] = [kernel(case, inputs) for case in graph_cases]
 
     graph = capture(work)
     for seed in (1, 2):
@@ -37,7 +36,7 @@ def all_k_in_one_graph() -> str:
         graph.replay()
         torch.cuda.synchronize()
         for case, result in zip(graph_cases, results, strict=True):
-            if wrong := kernel_check.difference(case, inputs, *result):
+            if wrong := difference(case, inputs, *result):
                 return f"k={case.top_k}: {wrong}"
     return ""
 
@@ -50,7 +49,7 @@ def bias_in_place() -> str:
     results: list[torch.Tensor] = []
 
     def work() -> None:
-        results[:] = kernel_check.kernel(case, inputs)
+        results[:] = kernel(case, inputs)
 
     graph = capture(work)
     seen = []
@@ -58,7 +57,7 @@ def bias_in_place() -> str:
         inputs.bias.copy_(torch.rand_like(inputs.bias) * 0.1 * factor)
         graph.replay()
         torch.cuda.synchronize()
-        if wrong := kernel_check.difference(case, inputs, *results):
+        if wrong := difference(case, inputs, *results):
             return f"bias times {factor}: {wrong}"
         seen.append(results[1].clone())
     return "the selection did not follow" if torch.equal(seen[0], seen[1]) else ""
@@ -67,12 +66,12 @@ def bias_in_place() -> str:
 def no_recompilation() -> str:
     """Serving meets every T; a compilation would stall it for a second."""
     for tokens in (1, 1000):
-        kernel_check.kernel(Case(tokens, 128, 8), Inputs.of(Case(tokens, 128, 8), "cuda"))
+        kernel(Case(tokens, 128, 8), Inputs.of(Case(tokens, 128, 8), "cuda"))
     with compilations() as compiled:
         for tokens in (2, 3, 15, 16, 17, 255, 256, 264, 265, 300, 1024, 4096):
             for scale in (1.0, 2.5):
                 case = Case(tokens, 128, 8, scale=scale)
-                kernel_check.kernel(case, Inputs.of(case, "cuda"))
+                kernel(case, Inputs.of(case, "cuda"))
         torch.cuda.synchronize()
     return f"compiled {len(compiled)} times: {compiled[:3]}" if compiled else ""
 
