@@ -6,8 +6,9 @@
     python -m benchmarks.gpu --device cpu --parts kernel_check kernel --quick     tries the program out
 
 Each part is a program of its own and gets its share of the time; what a part leaves over goes to serving.
-summary.md is written after every part, so that a run that is cut off leaves what was finished. Where $OUT is
-set, the files are copied there too. The exit status is 0 where every part ended well, aims met or not.
+summary.md is written after every part, so that a run that is cut off leaves what was finished. If the
+environment variable OUT names a folder, the files are copied there, too. The exit status is 0 if every part
+ended well, whether the aims are met or not.
 """
 
 import argparse
@@ -143,7 +144,7 @@ def _signal(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
 
 
 def summarise(folder: Path, around: dict[str, Any], done: list[Done], wanted: list[str]) -> str:
-    """Write summary.md and copy everything to $OUT; returns the lines on the aims."""
+    """Write summary.md and copy everything to the folder that OUT names; returns the lines on the aims."""
     aims = [line.removeprefix("aim: ") for part in done for line in part.output if line.startswith("aim: ")]
     missing = [part for part in wanted if part not in {each.name for each in done}]
     ends = [f"- {part.name}: {part.status}, {part.seconds:.0f} s" for part in done]

@@ -159,7 +159,7 @@ def rows_of(measured: Rounds, distinct: dict[str, dict[int, Any]]) -> list[dict[
 
 
 def aims(rows: list[dict[str, Any]], gpu: bool) -> Iterator[str]:
-    """Tokens per second against stock: the issue's bounds, judged by the whole interval at every batch."""
+    """Tokens per second against stock, judged by the whole interval at every batch."""
     bounds = {"off": 0.99, "expert": 0.99, "full": 0.97} if gpu else {"off": 0.98, "full": 0.98}
     for name, bound in bounds.items():
         ratios: dict[int, Ratio] = {r["batch"]: r["tokens/s / stock"] for r in rows if r["server"] == name}

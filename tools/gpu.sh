@@ -1,15 +1,18 @@
 #!/bin/sh
 # `make gpu`, and the same without make: sh tools/gpu.sh [arguments of benchmarks.gpu]
-# Takes the vLLM of the current Python. Where .gpu/part-00 is (a packed vLLM for a GPU machine without a
-# network, see README.md), that one is unpacked and used instead.
+# Takes the vLLM of the current Python. If there is a packed vLLM in .gpu/part-00 (for a GPU machine without a
+# network, see benchmarks/README.md), that one is unpacked into the folder SITE and used instead.
 set -eu
 cd "$(dirname "$0")/.."
 
 if [ -e .gpu/part-00/unpack.sh ]; then
+    SITE=${SITE:-$PWD/.cache/gpu}
+    export SITE
+    mkdir -p "$(dirname "$SITE")"
     sh .gpu/part-00/unpack.sh .gpu/part-00
     # Several parts travel one at a time; only with the last is anything unpacked.
-    [ -e /tmp/site.env ] || { echo "make gpu: bring the other parts of .gpu to this machine first"; exit 1; }
-    . /tmp/site.env
+    [ -e "$SITE.env" ] || { echo "make gpu: bring the other parts of .gpu to this machine first"; exit 1; }
+    . "$SITE.env"
 fi
 python=${PYTHON:-python3}
 command -v "$python" >/dev/null || { echo "make gpu: no $python here; PYTHON=… names another"; exit 1; }

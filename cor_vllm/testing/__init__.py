@@ -1,1 +1,4 @@
-"""What tests, benchmarks and examples share: a server to start, tiny models, made-up scores files."""
+"""Helpers for tests, benchmarks, examples and the authors of other vLLM plugins; no command imports them.
+
+server starts a `vllm serve`, tiny_models writes small random checkpoints, make_scores makes up scores files.
+"""

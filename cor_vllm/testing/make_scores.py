@@ -1,4 +1,7 @@
-"""Scores files for a model without calibrating it: any k per layer, random CEI."""
+"""Makes up scores for a model without calibrating it: any k in each layer, random CEI.
+
+For this project's tests and benchmarks, and for anyone who wants to try out code that reads scores files.
+"""
 
 import json
 from pathlib import Path
@@ -12,7 +15,7 @@ from cor_vllm.scores import Scores
 
 
 def routers(folder: Path) -> Routers:
-    """The checkpoint's; without one (dummy weights), every layer that the configuration gives experts."""
+    """The routers of a checkpoint; without weights, one for every layer that config.json gives experts."""
     if any(folder.glob("*.safetensors")):
         return read_routers(folder)
     hf = json.loads((folder / "config.json").read_text())
@@ -21,7 +24,7 @@ def routers(folder: Path) -> Routers:
 
 
 def config_of(folder: Path, k: list[int], **model: Any) -> dict[str, Any]:
-    """The JSON half for a checkpoint with budget `k`; `model` overrides fields of its model section."""
+    """The JSON part of a scores file for a checkpoint with budget `k`; `model` replaces fields in it."""
     hf = json.loads((folder / "config.json").read_text())
     experts = next(hf[n] for n in ("num_experts", "num_local_experts", "n_routed_experts") if n in hf)
     return {
@@ -50,9 +53,9 @@ def make(folder: Path, k: list[int] | None = None, cei: torch.Tensor | None = No
 
     Args:
         folder: a model folder, with safetensors or only a configuration.
-        k: k_l by MoE layer; the model's own top_k where None.
-        cei: [M, N] in [0, 1]; random where None.
-        seed: of the random tensors.
+        k: k_l of each MoE layer; if None, the model's own top_k in all of them.
+        cei: [M, N] in [0, 1]; if None, random.
+        seed: makes the random tensors repeatable.
     """
     layers = routers(folder).layers
     hf = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,7 @@
-"""A `vllm serve` for as long as a with-block lasts."""
+"""Runs a `vllm serve` for as long as a with-block lasts.
+
+For tests, benchmarks and the demo, and for authors of other vLLM plugins: it works with any model and flags.
+"""
 
 import contextlib
 import os
@@ -23,7 +26,7 @@ class ServerFailed(CorError):
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """What a small CPU server needs; nothing of it concerns counterfactual routing."""
+    """The environment that a small CPU server needs, with `changes`; nothing in it concerns routing."""
     quiet = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **quiet, **changes}
 
@@ -40,18 +43,18 @@ def serve(
 
     Args:
         model: the model folder.
-        flags: of `vllm serve`, without the port.
+        flags: what follows the model on the command line, without host and port.
         log: where the server's output goes.
-        env: its whole environment, `environment()` where None.
+        env: the server's whole environment; if None, `environment()`.
         waiting: called twice a second with the seconds waited so far.
 
     Raises:
-        ServerFailed: it did not start.
+        ServerFailed: the server did not start.
     """
     lifetime.guard()  # vLLM's processes would go on if this one were killed
     port = _free_port()
     vllm = Path(sys.executable).with_name("vllm")
-    program = str(vllm) if vllm.exists() else "vllm"  # beside this Python, else on the PATH
+    program = str(vllm) if vllm.exists() else "vllm"  # next to this Python, else on the PATH
     command = [program, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *flags]
     with open(log, "w") as output:
         process = subprocess.Popen(

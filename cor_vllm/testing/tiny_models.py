@@ -1,4 +1,8 @@
-"""Tiny random checkpoints of every supported family, small enough for a test and accepted by vLLM on CPU."""
+"""Writes tiny random checkpoints of every supported family, which vLLM also accepts on a CPU.
+
+For this project's tests and benchmarks, and for authors of other vLLM plugins who need a small model with
+mixture-of-experts layers.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -44,8 +48,8 @@ _LATENT: dict[str, Any] = {
     "num_key_value_heads": 2, "kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 64, "v_head_dim": 32,
 }  # fmt: skip
-# Expert counts that are no powers of two, softmax and sigmoid, groups, both ways of weighing, dense layers,
-# shared experts, scaling.
+# Together they have expert counts that are not powers of two, softmax and sigmoid, groups, both ways of
+# weighing, dense layers, shared experts and scaling.
 _FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {
         "head_dim": 32, "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
@@ -98,7 +102,7 @@ def build(family: str, folder: Path, **overrides: Any) -> Path:
 
     Args:
         family: one of FAMILIES.
-        folder: where to; created.
+        folder: where the checkpoint is written; it is created.
         overrides: configuration values that replace the family's.
 
     Returns:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import ask
-import server
 import slots
 from phrasings import prompt
 from recall import wilson
@@ -23,6 +22,7 @@ from rich.table import Table
 
 from cor_vllm import scores as scores_file
 from cor_vllm.commands import lifetime
+from cor_vllm.testing.server import ServerFailed, serve
 
 HERE = Path(__file__).parent
 STEPS = 6
@@ -53,7 +53,7 @@ def main() -> int:
     start = time.monotonic()
     try:
         run(options.model, options.output, options.questions)
-    except (DemoFailed, server.ServerFailed, OSError, scores_file.ScoresError) as error:
+    except (DemoFailed, ServerFailed, OSError, scores_file.ScoresError) as error:
         console.print(f"[red]make demo: {error}[/red]", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
@@ -119,7 +119,7 @@ def servers(model: Path, file: Path, output: Path) -> Iterator[tuple[ask.Server,
             console.print(f"$ {shown}", style="dim", soft_wrap=True)
             with console.status(f"starting the {name} server") as status:
                 url = stack.enter_context(
-                    server.serve(
+                    serve(
                         model,
                         *SERVER,
                         *flags,

