@@ -1,4 +1,4 @@
-"""`cor-vllm calibrate`: its flags, and from flags to a scores file. Imports nothing heavy."""
+"""`cor-vllm calibrate`: its flags, and the way from flags to a scores file. Imports nothing heavy."""
 
 import argparse
 import sys
@@ -36,32 +36,34 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         type=given,
         metavar="NAME_OR_PATH",
         help="a text file (blank lines between documents), a JSON file of strings or of objects with a "
-        "string `text`, or `c4` (C4 validation, streamed; needs the package datasets). JSON, here and below, "
-        "is a list or one value a line, whatever the file's name; gzip, byte-order marks, UTF-16 are read; "
-        "CSV, Parquet and other forms are refused (default: the corpus that ships with the package)",
+        "string `text`, or `c4` (C4 validation, streamed; needs the package datasets). JSON, here and "
+        "below, is a list or one value a line, whatever the file's name; gzip, byte-order marks and UTF-16 "
+        "are read; CSV, Parquet and other forms are refused (default: the corpus that ships with the "
+        "package)",
     )
     add(
         "--answers",
         type=given,
         metavar="FILE",
-        help="a JSON file of objects with strings `question` and `answer`: calibrate on "
-        "--num-tokens positions of them, the tokens of the answers being the hard ones; --corpus then only "
-        "supplies held-out text (default: none)",
+        help="a JSON file of objects with strings `question` and `answer`. Calibrates on --num-tokens "
+        "positions of them; the tokens of the answers are the hard positions. --corpus then only supplies "
+        "held-out text (default: none)",
     )
     add(
         "--token-ids",
         type=given,
         metavar="FILE",
-        help="a JSON file of lists of token ids: all of them are the calibration sequences, as they are, and "
-        "--num-tokens and --seq-len do not apply to them; --corpus then only supplies held-out text, and "
-        "without it there is no held-out check (default: none)",
+        help="a JSON file of lists of token ids. The lists are the calibration sequences as they are: "
+        "--num-tokens and --seq-len do not apply to them. --corpus then only supplies held-out text; without "
+        "it there is no held-out check (default: none)",
     )
     add(
         "--positions",
         type=given,
         metavar="FILE",
-        help="a JSON file with one list per sequence of --token-ids: indexes t, from 0, of the positions (t "
-        "predicts token t+1) to use as hard ones instead of those above --hard-percentile (default: none)",
+        help="a JSON file with one list for each sequence of --token-ids. A list holds the indexes t, "
+        "counted from 0, of the hard positions (position t predicts token t+1). They take the place of "
+        "those above --hard-percentile (default: none)",
     )
     add("--num-tokens", type=int, metavar="N", help="calibration positions (default: 1000)")
     add("--seq-len", type=int, metavar="N", help="most tokens of a sequence (default: 256)")
@@ -69,9 +71,9 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
         "--heldout-tokens",
         type=int,
         metavar="N",
-        help="positions of other text on which the result is checked; 0: no check (default: 1000)",
+        help="the result is checked on this many positions of other text; 0 means no check (default: 1000)",
     )
-    add("--seed", type=int, metavar="N", help="of every random choice (default: 0)")
+    add("--seed", type=int, metavar="N", help="seed of every random choice (default: 0)")
 
 
 def _add_method_options(parser: argparse.ArgumentParser) -> None:
@@ -99,30 +101,33 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--ablation",
         choices=("backfill", "drop"),
-        help="when an expert is taken away, the next-best one moves up, or none does (default: backfill)",
+        help="if an expert is taken away, the next-best one moves up (backfill), or none does (drop) "
+        "(default: backfill)",
     )
     add(
         "--scope",
         choices=("token", "sequence"),
-        help="an expert is taken away at one position, or at all of the sequence (default: token)",
+        help="an expert is taken away at one position (token), or at all positions of the sequence "
+        "(default: token)",
     )
     add(
         "--perturb-scope",
         choices=("sequence", "token"),
-        help="a layer's output is scaled at all positions of the sequence, or at one (default: sequence)",
+        help="a layer's output is scaled at all positions of the sequence, or at one (token) "
+        "(default: sequence)",
     )
     add(
         "--perturb-target",
         choices=("moe", "layer"),
-        help="what is scaled: what the MoE block adds to the residual stream, or the whole stream after the "
+        help="moe scales what the MoE block adds to the residual stream, layer the whole stream after the "
         "layer (default: moe)",
     )
     add(
         "--algorithm",
         choices=("sweep", "plain"),
-        help="sweep: all interventions in one pass over the layers; plain: one full forward per "
-        "intervention, slow, with the same numbers; --scope sequence takes plain, the sweep does not cover "
-        "it (default: sweep)",
+        help="sweep makes all interventions in one pass over the layers. plain makes one full forward for "
+        "each intervention: it is slow and gives the same numbers. --scope sequence takes plain, because "
+        "the sweep does not cover it (default: sweep)",
     )
     add(
         "--shrink",
@@ -137,17 +142,18 @@ def _add_budget_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--intensity",
         choices=("ratio", "hard", "marginal"),
-        help="what decides a layer's share: R_l, as in the paper; S(hard) alone; or the loss change on hard "
-        "positions with one expert more and one fewer, by which single experts move between layers, none "
-        "where that change is within its noise; with --budget paper R_l (default: marginal)",
+        help="what decides how many experts a layer gets. ratio: R_l, as in the paper. hard: S(hard) alone. "
+        "marginal: the loss change on hard positions with one expert more and with one fewer; single experts "
+        "then move between layers, if the gain is beyond its noise. With --budget paper the default is ratio "
+        "(default: marginal)",
     )
     add(
         "--budget",
         choices=("exact", "paper"),
-        help="exact: Σ k_l is exactly layers × top_k, within --k-min and --k-max; paper: each k_l is rounded "
-        "by itself, unbounded, and the sum can miss (default: exact)",
+        help="exact: Σ k_l is exactly layers × top_k, and each k_l is within --k-min and --k-max. paper: "
+        "each k_l is rounded by itself, without bounds, and the sum can miss (default: exact)",
     )
-    add("--k-min", type=int, metavar="K", help="least experts of a layer (default: top_k // 2, at least 1)")
+    add("--k-min", type=int, metavar="K", help="fewest experts of a layer (default: top_k // 2, at least 1)")
     add(
         "--k-max",
         type=int,
@@ -157,8 +163,8 @@ def _add_budget_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--tune",
         action="store_true",
-        help="choose the served mode and λ, none included, on one half of the held-out positions and report "
-        "on the other (default: off: mode full, λ = 0.1)",
+        help="choose the mode and λ that are served (or stock routing) on one half of the held-out "
+        "positions, and report on the other half (default: off, which means mode full and λ = 0.1)",
     )
 
 
@@ -168,19 +174,21 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the weights; auto: float32 on the CPU, the checkpoint's own elsewhere (default: auto)",
+        help="dtype of the weights; auto means float32 on the CPU and the checkpoint's own elsewhere "
+        "(default: auto)",
     )
     add(
         "--device",
         metavar="DEVICE",
-        help="a torch device, or auto: weights beyond its memory wait in host memory and, beyond that, in "
-        "FILE.offload (default: cuda where there is one, else cpu; auto where the weights do not fit)",
+        help="a torch device, or auto. With auto, weights that do not fit into its memory wait in host "
+        "memory, and what does not fit there waits in FILE.offload (default: cuda if there is one, else "
+        "cpu; auto if the weights do not fit)",
     )
     add(
         "--max-memory",
         metavar="SIZE",
-        help="what the sweep's activations may take on the device, weights not counted, like 500MB or 4GiB; "
-        "what waits for its turn is in host memory (default: 2GB)",
+        help="memory that the sweep's activations may take on the device, like 500MB or 4GiB. Weights do not "
+        "count, and what waits for its turn is in host memory (default: 2GB)",
     )
     add(
         "--resume",
@@ -190,7 +198,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_calibrate(args: argparse.Namespace) -> int:
-    """Calibrate, write the file, and say what is to be known about it."""
+    """Calibrate, write the file, and print what its user should know about it."""
     import torch
     from pydantic import ValidationError
 

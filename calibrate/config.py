@@ -1,4 +1,4 @@
-"""What a calibration is asked to do: one frozen, validated object, made from the command line."""
+"""The options of a calibration: one frozen, validated object, made from the command line."""
 
 import re
 from pathlib import Path
@@ -21,13 +21,13 @@ class CalibrationError(CorError):
 
 
 class CalibrationOptions(BaseModel):
-    """Every option of `cor-vllm calibrate`; the defaults are the command line's (contract.md)."""
+    """Every option of `cor-vllm calibrate`; the defaults are the command line's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = Field(min_length=1)
     output: Path
-    # None: the shipped corpus, or no held-out text where token_ids is given
+    # None means the shipped corpus. With token_ids it means that there is no held-out text.
     corpus: str | None = Field(default=None, min_length=1)
     answers: Path | None = None
     token_ids: Path | None = None
@@ -59,7 +59,7 @@ class CalibrationOptions(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults_that_depend(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Sequence-scope ablation is plain's alone; the paper's rounding is of its own R_l."""
+        """Only `plain` ablates whole sequences; the paper's rounding belongs to the paper's own R_l."""
         algorithm = "plain" if values.get("scope") == "sequence" else "sweep"
         intensity = "ratio" if values.get("budget") == "paper" else "marginal"
         return {"algorithm": algorithm, "intensity": intensity} | values
@@ -100,7 +100,7 @@ class CalibrationOptions(BaseModel):
 
     @property
     def heldout_corpus(self) -> str | None:
-        """The corpus that held-out positions come from, or None where there are to be none."""
+        """The corpus that held-out positions come from, or None if there are to be none."""
         if self.heldout_tokens == 0:
             return None
         return self.corpus if self.token_ids else self.corpus or DEFAULT_CORPUS

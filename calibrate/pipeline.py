@@ -1,4 +1,4 @@
-"""`cor-vllm calibrate` from its options to the file: order of the steps, progress, resuming."""
+"""`cor-vllm calibrate` from its options to the file: the order of its steps, progress, and resuming."""
 
 import hashlib
 import json
@@ -35,14 +35,14 @@ from cor_vllm.metadata import ModelInfo
 from cor_vllm.scores import Scores
 from cor_vllm.version import __version__
 
-SAVE_FREELY = 1.0  # seconds: a state written faster than this is written after every step,
-SAVE_RATIO = 10  # a larger one not before the work since has taken this many times as long
+SAVE_FREELY = 1.0  # seconds: a state that is written faster than this is written after every step
+SAVE_RATIO = 10  # a slower one is written once the work since has taken this many times as long
 ALGORITHMS: dict[str, type[Sweep] | type[PlainAlgorithm]] = {"sweep": Sweep, "plain": PlainAlgorithm}
 
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Host memory that is refused becomes one line; a CUDA device's is the command's own."""
+    """Inside, a refusal of host memory becomes one line; the command itself reports a CUDA device's."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
@@ -58,12 +58,12 @@ def memory_errors() -> Iterator[None]:
 def calibrate(options: CalibrationOptions, console: Console) -> Scores:
     """Calibrate a model and write the scores file.
 
-    Everything that can be refused is refused before the weights load. Finished layers are kept in
+    Whatever can be refused is refused before the weights load. Finished layers are kept in
     `<output>.partial`; a run that was killed goes on from there and ends in the same bytes.
 
     Args:
-        options: what to do.
-        console: where progress and notes go.
+        options: the options of the command.
+        console: receives progress and notes.
 
     Returns:
         The scores as written to `options.output`.
@@ -169,7 +169,7 @@ def _progress(console: Console) -> Progress:
 def _check_output(output: Path) -> None:
     if output.is_dir():
         raise CalibrationError(f"--output {output}: is a folder; give the name of a file")
-    if output.exists() and not output.is_file():  # a device, say, which the file would take the place of
+    if output.exists() and not output.is_file():  # for instance a device, which the file would replace
         raise CalibrationError(f"--output {output}: is not a regular file; give the name of a file")
     if not output.parent.is_dir():
         raise CalibrationError(f"--output {output}: there is no folder {output.parent}; create it first")
@@ -191,7 +191,7 @@ def _check_config(options: CalibrationOptions, config: Any) -> None:
 
 
 def _key(options: CalibrationOptions, info: ModelInfo, inputs: Inputs, model: MoeModel) -> str:
-    """Hash of what determines the measurements, for the partial state."""
+    """A hash of all that determines the measurements, for the partial state."""
     parts = [
         __version__,
         options.record(),

@@ -1,8 +1,9 @@
-"""Attention of single-position variants: own key and value, and the earlier ones of an untouched sequence.
+"""Attention of variants: each attends to its own key and value and to the earlier ones of its sequence.
 
+A variant is a single position whose hidden state an intervention has changed; its sequence is unperturbed.
 transformers hands every attention layer's query, key and value, after rotary embedding, to a function that it
-looks up by name (ALL_ATTENTION_FUNCTIONS). While `SharedAttention` is installed that function is `_attend`:
-sequences go on to the model's own function; variants are computed here.
+looks up by name (ALL_ATTENTION_FUNCTIONS). While `SharedAttention` is installed, that function is `_attend`:
+it passes sequences on to the model's own function and computes variants itself.
 """
 
 import sys
@@ -18,14 +19,14 @@ from cor_vllm.calibrate.config import CalibrationError
 from cor_vllm.calibrate.model.layers import FOLLOWED
 
 NAME = "cor_sweep"
-# What the attention function is told beside q, k, v and mask, and that changes nothing here: the mask says
-# what a window lets through, and in evaluation mode nothing is dropped.
+# Arguments of the attention function, besides q, k, v and mask, that change nothing here: the mask says what
+# a window lets through, and in evaluation mode nothing is dropped.
 IGNORED = {"sliding_window", "dropout", "position_ids", "past_key_values", "use_cache", "is_causal"}
 
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Where R variants stand: on the host, row by row."""
+    """Where R variants stand, row by row; the tensors are on the host."""
 
     sequence: torch.Tensor  # [R] int64, index into the batch of sequences
     position: torch.Tensor  # [R] int64
@@ -41,7 +42,8 @@ class SharedAttention:
     """Keys and values of B unperturbed sequences at one layer, and the attention of variants to them.
 
     Raises:
-        CalibrationError: here or in a layer call, where the model's attention is not what this can follow.
+        CalibrationError: the model's attention is of a kind that this cannot follow; raised here or in a
+            layer call.
     """
 
     def __init__(self, config: Any) -> None:
@@ -60,7 +62,7 @@ class SharedAttention:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Every attention layer of the model calls this object."""
+        """Inside, every attention layer of the model calls this object."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         ALL_ATTENTION_FUNCTIONS[NAME] = self._attend
@@ -73,11 +75,12 @@ class SharedAttention:
 
     @contextmanager
     def record(self, mask: torch.Tensor | None, length: int) -> Iterator[None]:
-        """Inside, one layer runs on the unperturbed sequences, whose keys and values are kept.
+        """Inside, one layer runs on the unperturbed sequences; their keys and values are kept.
 
         Args:
-            mask: what the model gives this layer: [1, 1, S, S] bool (True: seen) or additive; None: causal.
-            length: S.
+            mask: what the model gives this layer: [1, 1, S, S], either bool (True: seen) or additive; None
+                means causal.
+            length: S, tokens.
         """
         self._visible = visible_before(mask, length)
         self._recording = True
@@ -138,13 +141,13 @@ class SharedAttention:
         s_aux: torch.Tensor | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        """[heads, R, value size], one sequence's variants after the other.
+        """Compute [heads, R, value size], one sequence's variants after the other.
 
         Args:
             query: [H, R, head size].
-            key, value: [Hkv, R, head or value size]: the variants' own.
-            scaling: multiplies q·k.
-            s_aux: [H], GPT-OSS's sinks: a logit per head that takes probability and adds nothing.
+            key, value: [Hkv, R, head or value size], the variants' own.
+            scaling: the factor of q·k.
+            s_aux: [H], GPT-OSS's sinks: a logit of each head that takes probability and adds nothing.
         """
         unknown = [name for name, given in options.items() if given is not None and name not in IGNORED]
         if unknown:
@@ -152,12 +155,12 @@ class SharedAttention:
                 f"{self._config.model_type}: its attention takes {unknown[0]}, which the sweep does not "
                 "know; use --algorithm plain"
             )
-        assert self._places is not None, "called only where variants() has set the places"
+        assert self._places is not None, "called only after variants() has set the places"
         output = query.new_empty(*query.shape[:2], value.shape[-1])
         for sequence in self._places.sequence.unique().tolist():
             host_rows = (self._places.sequence == sequence).nonzero().flatten()
             position = self._places.position[host_rows]
-            end = int(position.max())  # no variant of this sequence sees beyond
+            end = int(position.max())  # no variant of this sequence sees further
             rows, visible = host_rows.to(query.device), self._visible[position, :end].to(query.device)
             output[:, rows] = attend_to_own_and_past(
                 query[:, rows], key[:, rows], value[:, rows],
@@ -182,11 +185,11 @@ def attend_to_own_and_past(
         query: [H, R, dk]. key, value: [Hkv, R, dk], [Hkv, R, dv].
         past_key, past_value: [Hkv, T, dk], [Hkv, T, dv].
         visible: [R, T] bool.
-        scaling: multiplies q·k.
-        sinks: [H] or None.
+        scaling: the factor of q·k.
+        sinks: [H], a logit of each head that takes probability and adds nothing; or None.
 
     Returns:
-        [H, R, dv] in the dtype of `value`; the softmax is float32, or float64 where the model is.
+        [H, R, dv] in the dtype of `value`; the softmax is float32, or float64 if the model is.
     """
     heads, rows, _ = query.shape
     grouped = query.unflatten(0, (len(key), -1))  # [Hkv, H/Hkv, R, dk]: query heads share key heads in order
@@ -204,7 +207,11 @@ def attend_to_own_and_past(
 
 
 def visible_before(mask: torch.Tensor | None, length: int) -> torch.Tensor:
-    """[S, S] bool on the host: row t is what position t sees before itself, from a layer's attention mask."""
+    """From a layer's attention mask, which earlier positions (columns) each position (row) sees.
+
+    Returns:
+        [S, S] bool on the host.
+    """
     before = torch.ones(length, length, dtype=torch.bool).tril(-1)
     if mask is None:
         return before
@@ -213,7 +220,7 @@ def visible_before(mask: torch.Tensor | None, length: int) -> torch.Tensor:
 
 
 def own_function(name: str, module: nn.Module) -> Callable[..., tuple[torch.Tensor, Any]]:
-    """The attention function that a module would call; `eager` is defined beside each family's modules."""
+    """The attention function that a module would call; each family's own file defines `eager`."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

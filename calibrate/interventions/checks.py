@@ -1,4 +1,4 @@
-"""Refuses measurements that mean nothing: numbers that are not finite, routers that ignore the token."""
+"""Refuses measurements that mean nothing: numbers that are not finite, and routers that ignore the token."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,17 @@ from cor_vllm.calibrate.config import CalibrationError
 from cor_vllm.calibrate.interventions.measurement import Baseline, LayerMeasurement
 from cor_vllm.calibrate.model.moe_model import MoeModel
 
-ROUNDING = 16 * torch.finfo(torch.float32).eps  # of the largest logit: what one router's sums may differ by
-NAMED = 8  # layers that a message lists
+# Share of the largest logit by which the sums of one router may differ without meaning.
+ROUNDING = 16 * torch.finfo(torch.float32).eps
+NAMED = 8  # how many layers a message lists
 
 
 def check_baseline(model: MoeModel, base: Baseline, sequences: Sequence[Sequence[int]]) -> None:
-    """Router logits and losses are finite, and every router's choice depends on the token.
+    """Check that router logits and losses are finite, and that every router's choice depends on the token.
 
-    A router's choice cannot depend on the token where its logits are the same for every token, or for every
+    A router's choice cannot depend on the token if its logits are the same for every token, or for every
     expert: its weights are zeros or copies of one row, so it was not loaded. A router that is merely flat,
-    with small differences, passes. Where all tokens are one and the same, nothing can be told.
+    with small differences, passes. If all tokens are the same, nothing can be told and nothing is refused.
 
     Args:
         sequences: the token ids of the baseline's positions.
@@ -52,7 +53,7 @@ def ignores_the_token(logits: torch.Tensor) -> bool:
 
 
 def check_losses(model: MoeModel, losses: torch.Tensor, what: str) -> None:
-    """Losses [P] are finite, or a CalibrationError says how many of them are not."""
+    """Raise a CalibrationError that says how many of the losses [P] are not finite, if any."""
     broken = int((~losses.isfinite()).sum())
     if broken:
         raise CalibrationError(
@@ -61,7 +62,7 @@ def check_losses(model: MoeModel, losses: torch.Tensor, what: str) -> None:
 
 
 def check_measured(model: MoeModel, measured: Sequence[LayerMeasurement]) -> None:
-    """Every loss change is finite, or a CalibrationError names the decoder layers of those that are not."""
+    """Raise a CalibrationError that names the decoder layers whose loss changes are not finite, if any."""
     broken = [
         index
         for index, layer in zip(model.layer_index, measured, strict=True)
@@ -75,7 +76,7 @@ def check_measured(model: MoeModel, measured: Sequence[LayerMeasurement]) -> Non
 
 
 def named(layers: Sequence[int]) -> str:
-    """ "decoder layer 3", or "decoder layers 0, 1, 2, …"."""
+    """Name decoder layers in words: "decoder layer 3", or "decoder layers 0, 1, 2, …"."""
     if len(layers) == 1:
         return f"decoder layer {layers[0]}"
     more = f", … ({len(layers)} in all)" if len(layers) > NAMED else ""

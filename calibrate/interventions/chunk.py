@@ -1,4 +1,4 @@
-"""The hidden states that the sweep carries for some consecutive sequences."""
+"""Holds the hidden states that the sweep carries through the layers for some consecutive sequences."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,12 @@ from cor_vllm.calibrate.model.moe_model import MoeModel
 
 
 class Chunk:
-    """Some consecutive sequences with everything that forks from them; B sequences of at most S tokens.
+    """B consecutive sequences of at most S tokens, with all variants that start from them.
 
-    Every MoE layer forks the same F variants, in this order: each hard position without each of its active
-    experts, then with one expert fewer, then with one more, then hard and easy positions scaled; parts that
-    the options do not ask for are empty. Variant f of MoE layer m is row m·F + f.
+    A variant is one position under one intervention. Every MoE layer starts the same F variants, in this
+    order: each hard position without each of its active experts, then with one expert fewer, then with one
+    more, then hard and easy positions with the layer's output scaled. Parts that the options do not ask for
+    are empty. Variant f of MoE layer m is row m·F + f.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Chunk:
         self.places = _places([place for places in parts.values() for place in places])
         with torch.inference_mode():
             hidden, self.arguments = enter(model.model.model, self.input_ids.to(model.device))
-        self.hidden = hidden.cpu()  # [B, S, D] unperturbed, what goes into the next layer
+        self.hidden = hidden.cpu()  # [B, S, D], the unperturbed input of the next layer
         layers, width = model.num_layers, hidden.shape[-1]
         self.rows = hidden.new_empty(layers * self.size, width, device="cpu")  # variants
         copies = 0 if per_token else layers
@@ -52,15 +53,15 @@ class Chunk:
         self.copy_losses = torch.empty(0)  # [M, hard and easy positions]
 
     def host_bytes(self) -> int:
-        """What waits on the host after the last layer."""
+        """Bytes that wait on the host after the last layer."""
         return self.hidden.nbytes + self.rows.nbytes + self.copies.nbytes
 
     def measured_places(self) -> Places:
-        """The hard positions, then the easy ones."""
+        """Where the hard positions stand, then the easy ones."""
         return _places(self.hard + self.easy)
 
     def places_of(self, start: int, stop: int) -> Places:
-        """Where rows start to stop − 1 stand."""
+        """Where the rows from `start` to `stop` − 1 stand."""
         return self.places[torch.arange(start, stop) % self.size]
 
 

@@ -1,6 +1,7 @@
-"""What an algorithm measures: loss changes at single positions, before any averaging.
+"""What every algorithm starts from, the baseline, and what it measures: loss changes at single positions.
 
-H hard and E easy positions in their order over the sequences, K = the model's top_k, N routed experts.
+There are H hard and E easy positions, in their order over the sequences, and N routed experts; K is the
+model's top_k. Nothing is averaged here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +15,12 @@ from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.text.stratify import Strata
 
 Advance = Callable[[int], None]
-"""Called with the number of rows that a forward has finished."""
+"""A function that is called with the number of rows that a forward has finished."""
 
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """The untouched model on all P calibration positions."""
+    """What the untouched model does at all P calibration positions."""
 
     losses: torch.Tensor  # [P] float32, nats
     router_logits: list[torch.Tensor]  # per MoE layer [P, N] float32
@@ -31,13 +32,13 @@ class LayerMeasurement:
 
     hard: torch.Tensor  # [H], output scaled by 1 + δ (Eq. 3)
     easy: torch.Tensor  # [E]
-    active: torch.Tensor  # [H, K] int64, the active experts by descending probability
+    active: torch.Tensor  # [H, K] int64, the active experts by descending score
     ablation: torch.Tensor  # [H, K], each of them taken away (Eq. 6)
-    fewer: torch.Tensor | None = None  # [H], top_k − 1 experts; None where not asked for or impossible
+    fewer: torch.Tensor | None = None  # [H], top_k − 1 experts; None if not asked for or impossible
     more: torch.Tensor | None = None  # [H], top_k + 1 experts
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The fields that are there, by name."""
+        """The fields that are not None, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     @classmethod
@@ -47,7 +48,7 @@ class LayerMeasurement:
 
 
 def baseline(model: MoeModel, sequences: Sequence[Sequence[int]]) -> Baseline:
-    """Losses and router logits of every position, without intervention.
+    """Measure losses and router logits of every position, without intervention.
 
     Raises:
         RuntimeError: a router was not called once per forward, so interventions on it would do nothing.
@@ -70,6 +71,10 @@ def baseline(model: MoeModel, sequences: Sequence[Sequence[int]]) -> Baseline:
 
 
 def active_experts(model: MoeModel, base: Baseline, strata: Strata) -> list[torch.Tensor]:
-    """A(t) of every hard position: per MoE layer [H, top_k] int64, by descending score."""
+    """The active experts A(t) of every hard position.
+
+    Returns:
+        For each MoE layer [H, top_k] int64, by descending score.
+    """
     logits = [router_logits[strata.hard] for router_logits in base.router_logits]
     return [router.route(rows)[1].long() for router, rows in zip(model.routers, logits, strict=True)]

@@ -1,8 +1,8 @@
-"""The plain algorithm: one full forward per intervention. Slow, obvious, and the oracle for anything faster.
+"""The plain algorithm: one full forward for each intervention. It is slow, obvious, and the sweep's oracle.
 
-Rows of a batch do not see each other, so several interventions share a forward call, one per row. Attention
-is causal, so a row whose loss is read at position t alone is cut after token t+1. An expert that is taken
-away from a whole sequence leaves the layers below as they are: there the forward starts at its layer.
+Rows of a batch do not see each other, so several interventions share a forward call, one in each row.
+Attention is causal, so a row whose loss is read at position t alone is cut after token t+1. An expert that is
+taken away from a whole sequence leaves the layers below as they are, so such a forward starts at its layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,11 +24,11 @@ class PlainAlgorithm:
 
     Args:
         model: the model.
-        options: scopes, targets, ablation, delta, intensity.
+        options: of them scopes, target, ablation, delta and intensity.
         sequences: the calibration sequences.
         base: their baseline.
         strata: their hard and easy positions.
-        advance: progress.
+        advance: is told the progress.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PlainAlgorithm:
         self._done: list[LayerMeasurement] = []
 
     def work(self) -> list[int]:
-        """Rows that each step will run: the unit of progress."""
+        """How many rows each step will run; rows are the unit of progress."""
         others = len(self._sensitivity_rows()) + len(self._hard) * len(self._other_k())
         return [others + len(self._ablation_rows(layer)) for layer in range(self._model.num_layers)]
 
@@ -68,7 +68,7 @@ class PlainAlgorithm:
         }
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> int:
-        """Take up a saved state; the number of finished steps."""
+        """Take up a saved state and return the number of finished steps."""
         fields: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():
             layer, field = name.split("/")
@@ -81,11 +81,11 @@ class PlainAlgorithm:
         self._done.append(self.measure(layer))
 
     def result(self) -> list[LayerMeasurement]:
-        """Loss changes of every MoE layer, once all steps are done."""
+        """The loss changes of every MoE layer, once all steps are done."""
         return self._done
 
     def measure(self, layer: int) -> LayerMeasurement:
-        """Every loss change of MoE layer `layer` (Eq. 3 and Eq. 5 to 7), nats, float64."""
+        """Measure every loss change of MoE layer `layer` (Eq. 3 and Eq. 5 to 7) in nats, float64."""
         hard, easy = self._sensitivity(layer)
         fewer, more = (
             self._at_hard(layer, k) if k in self._other_k() else None
@@ -96,7 +96,7 @@ class PlainAlgorithm:
     def _run(
         self, rows: Sequence[Row], intervene: Callable[..., AbstractContextManager[None]]
     ) -> list[torch.Tensor]:
-        """Loss minus baseline, float64: [1] at the row's position, [S−1] where the row acts everywhere."""
+        """Loss minus baseline, float64: [1] at the row's position, or [S−1] if the row acts everywhere."""
         changes: list[torch.Tensor] = []
         for batch in batches(rows, self._sequences):
             input_ids = pad([ids for _, ids in batch])
@@ -171,7 +171,7 @@ class PlainAlgorithm:
         return torch.tensor(values, dtype=torch.float64)
 
     def _other_k(self) -> list[int]:
-        """top_k − 1 and top_k + 1, where `--intensity marginal` asks for them and they exist."""
+        """top_k − 1 and top_k + 1, if `--intensity marginal` asks for them and they exist."""
         if self._options.intensity != "marginal":
             return []
         model = self._model

@@ -1,4 +1,4 @@
-"""Sequences stopped at the entrance of one decoder layer: what lies below an intervention runs once."""
+"""Keeps sequences at the entrance of one decoder layer, so that the layers below an intervention run once."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from cor_vllm.calibrate.model.offload import held
 
 
 class Prefix:
-    """Unperturbed hidden states of all sequences, moved from layer to layer; they wait on the host."""
+    """The unperturbed hidden states of all sequences, moved from layer to layer; they wait on the host."""
 
     def __init__(self, model: MoeModel, sequences: Sequence[Sequence[int]]) -> None:
         self._model = model
@@ -21,7 +21,7 @@ class Prefix:
 
     @torch.inference_mode()
     def move(self, layer: int) -> None:
-        """Stop at the entrance of decoder layer `layer`."""
+        """Move all sequences to the entrance of decoder layer `layer`."""
         if not self._hidden or layer < self._layer:
             self._enter()
         for index in range(self._layer, layer):
@@ -43,7 +43,7 @@ class Prefix:
 
     @torch.inference_mode()
     def losses(self, sequence: int, rows: int) -> torch.Tensor:
-        """ℓ(t) of `rows` copies of a sequence, run from here to the end under whatever is active.
+        """ℓ(t) of `rows` copies of a sequence, run from here to the end under the active interventions.
 
         Returns:
             [rows, S−1] float32 on the CPU, nats.

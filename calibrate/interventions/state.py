@@ -1,7 +1,4 @@
-"""What a killed run leaves: the state after its last finished step in `<output>.partial`.
-
-The same command resumes from it.
-"""
+"""Keeps the state after each finished step in `<output>.partial`, from which a killed run is resumed."""
 
 import os
 from collections.abc import Mapping
@@ -18,12 +15,12 @@ BASELINE_TOLERANCE = 1e-3  # nats; other weights under the same routers differ b
 
 
 class PartialState:
-    """The partial state beside one output file.
+    """The partial state of the calibration into one output file.
 
     Args:
         output: the final scores file.
-        key: hash of everything that determines the measurements; state of another key is never used.
-        baseline: [P] float32 unperturbed losses, nats: tells changed weights, which the key cannot see.
+        key: a hash of everything that determines the measurements; state of another key is never used.
+        baseline: [P] float32 unperturbed losses, nats; they tell changed weights, which the key cannot see.
     """
 
     def __init__(self, output: Path, key: str, baseline: torch.Tensor) -> None:
@@ -32,7 +29,7 @@ class PartialState:
         self._baseline = baseline
 
     def load(self) -> tuple[dict[str, torch.Tensor], str]:
-        """An algorithm's state, and one line to tell the user ("" where there was none)."""
+        """An algorithm's state, and one line to tell the user ("" if there was no file)."""
         if not self.path.exists():
             return {}, ""
         try:
@@ -51,7 +48,7 @@ class PartialState:
         """Keep an algorithm's state; the file is replaced in one step, never half written.
 
         Raises:
-            CalibrationError: no room, or no right to write.
+            CalibrationError: there is no room, or writing is not allowed.
         """
         tensors = {name: values.contiguous() for name, values in state.items()}
         tensors[f"{self._key}/baseline"] = self._baseline

@@ -1,15 +1,15 @@
-"""The sweep: every intervention in one pass over the layers, each layer's weights used once.
+"""The sweep: every intervention in one pass over the layers, so that each layer's weights are used once.
 
-Beside the unperturbed sequences go variants: single positions whose hidden state an intervention has changed.
-An intervention at position t leaves earlier positions alone, so a variant needs no sequence of its own: it
-attends to its own key and value and to the unperturbed ones before t. At MoE layer l new variants fork from
-the unperturbed states that enter the layer, and pass through it under their intervention; from then on they
-are carried like the older ones. Perturbations of a whole sequence ride along as full copies of the sequence.
-All losses are read at the end.
+The sweep carries the unperturbed sequences through the layers and, next to them, variants: single positions
+whose hidden state an intervention has changed. An intervention at position t leaves earlier positions alone,
+so a variant needs no sequence of its own: it attends to its own key and value and to the unperturbed ones
+before t. At MoE layer l new variants start from the unperturbed states that enter the layer, and pass through
+it under their intervention; from then on they are carried like the older ones. If a whole sequence is
+perturbed, a full copy of it is carried, too. All losses are read at the end.
 
-Hidden states wait on the host; a layer call takes a block of them, as many as --max-memory allows.
+Hidden states wait on the host; a layer call takes a block of them, as large as --max-memory allows.
 
-Source: method.md, "One sweep instead of thousands of passes".
+Source: docs/reference/method.md, "One sweep instead of thousands of passes".
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ DISAGREEMENT = 0.05  # relative; bfloat16 rounding stays far below it at the med
 
 
 class Sweep:
-    """Measures all layers in one pass; takes the same arguments as PlainAlgorithm, and `--scope token` only.
+    """Measures all layers in one pass. It takes the arguments of PlainAlgorithm, and only `--scope token`.
 
     One step is one decoder layer; the last step reads the losses.
     """
@@ -65,7 +65,7 @@ class Sweep:
         self._layers = model.decoder_layers
 
     def work(self) -> list[int]:
-        """Rows that each step will run: the unit of progress."""
+        """How many rows each step will run; rows are the unit of progress."""
         steps = []
         for index in range(len(self._layers)):
             forks = self._forks(index + 1)
@@ -78,7 +78,7 @@ class Sweep:
         return chunk.input_ids.numel() * (1 + copies) + forks * chunk.size
 
     def _forks(self, layers: int) -> int:
-        """How many MoE layers have forked variants after so many decoder layers."""
+        """How many MoE layers have started variants after so many decoder layers."""
         return sum(index < layers for index in self._model.layer_index)
 
     def state(self, steps: int) -> dict[str, torch.Tensor]:
@@ -100,7 +100,7 @@ class Sweep:
         return tensors
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> int:
-        """Take up a saved state; the number of finished steps."""
+        """Take up a saved state and return the number of finished steps."""
         if not tensors:
             return 0
         steps = int(tensors["steps"])
@@ -130,7 +130,7 @@ class Sweep:
         self._attention.forget()
 
     def _carry(self, chunk: Chunk, index: int) -> None:
-        """One chunk through one layer: first the sequences, for their keys and values."""
+        """Carry one chunk through one layer: first the sequences, whose keys and values the variants need."""
         moe = self._moe_number.get(index)
         if moe is not None:
             fork = slice(moe * chunk.size, (moe + 1) * chunk.size)
@@ -151,7 +151,7 @@ class Sweep:
         self._carry_copies(chunk, index, moe)
 
     def _run_variants(self, chunk: Chunk, index: int, rows: torch.Tensor, places: Places) -> torch.Tensor:
-        """[R, D] → [R, D] on the host: decoder layer `index` on variants that stand at `places`."""
+        """Run decoder layer `index` on variants [R, D] that stand at `places`; the result is on the host."""
         arguments = chunk.arguments.for_positions(index, places.position)
         with self._attention.variants(places):
             return run(self._layers[index], rows[None].to(self._model.device), arguments)[0].cpu()
@@ -173,7 +173,7 @@ class Sweep:
 
     @contextmanager
     def _interventions(self, chunk: Chunk, moe: int | None, block: slice) -> Iterator[None]:
-        """Intervene on those rows of a block that fork at this MoE layer."""
+        """Inside, the rows of a block that start at this MoE layer are under their interventions."""
         with ExitStack() as stack:
             for name, part in chunk.parts.items():
                 if moe is None:
@@ -188,7 +188,8 @@ class Sweep:
         """The intervention of one part.
 
         Args:
-            own: [R] number of each row within the part; meaningful where `where` [R] bool is.
+            own: [R] the number of each row within the part; it means something only if the row is in `where`.
+            where: [R] bool, the rows of this part.
         """
         if name == "scaled":
             return self._scaled(moe, where[None])
@@ -205,14 +206,14 @@ class Sweep:
         return self._model.scale_output(moe, 1 + self._options.delta, where, whole_layer)
 
     def _hard_rows(self, chunk: Chunk) -> slice:
-        """Which of all H hard positions are the chunk's."""
+        """Which of all H hard positions belong to the chunk."""
         start = sum(len(other.hard) for other in self._chunks if other.members.stop <= chunk.members.start)
         return slice(start, start + len(chunk.hard))
 
     def _check(self, chunk: Chunk, index: int, before: torch.Tensor) -> None:
-        """Without an intervention a variant must come out as its sequence does.
+        """Check that a variant without an intervention comes out as its sequence does.
 
-        That is what the sweep rests on: a layer sees other positions through its attention alone.
+        The sweep relies on it: a layer must see other positions through its attention alone.
         """
         measured = chunk.measured_places()
         if not len(measured):
@@ -251,7 +252,7 @@ class Sweep:
         return torch.cat(losses) if losses else torch.empty(0)
 
     def result(self) -> list[LayerMeasurement]:
-        """Loss changes of every MoE layer, once all steps are done."""
+        """The loss changes of every MoE layer, once all steps are done."""
         hard, easy = (self._base.losses[mask].double() for mask in (self._strata.hard, self._strata.easy))
         return [self._measurement(m, hard, easy) for m in range(self._model.num_layers)]
 

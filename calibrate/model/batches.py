@@ -1,4 +1,4 @@
-"""How sequences are put together into padded batches, and what becomes of the values that come back."""
+"""Puts sequences together into padded batches, and takes the padding out of what comes back."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ TOKENS_PER_FORWARD = 4096  # padding included
 
 @dataclass(frozen=True)
 class Row:
-    """One intervention: which sequence it runs on and where it acts (position None: everywhere)."""
+    """One intervention: the sequence it runs on, and the position at which it acts (None: everywhere)."""
 
     sequence: int
     position: int | None = None
@@ -18,7 +18,7 @@ class Row:
 
 
 def batches(rows: Sequence[Row], sequences: Sequence[Sequence[int]]) -> Iterator[list[tuple[Row, list[int]]]]:
-    """Rows with the tokens they need, grouped in order so that a padded batch holds ≤ TOKENS_PER_FORWARD."""
+    """Group rows, in order, with the tokens that they need; a padded batch holds ≤ TOKENS_PER_FORWARD."""
     batch: list[tuple[Row, list[int]]] = []
     for row in rows:
         ids = list(sequences[row.sequence])
@@ -38,18 +38,18 @@ def rows_per_forward(length: int) -> int:
 
 
 def pad(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-    """[B, S] int64; short rows are filled on the right with id 0, which nothing before it can see."""
+    """Make [B, S] int64; short rows are filled on the right with id 0, which nothing before it can see."""
     width = max(map(len, sequences))
     return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in sequences])
 
 
 def sequence_batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[list[int]]]:
-    """Whole sequences, in order, as `batches` groups them."""
+    """Group whole sequences, in order, as `batches` does."""
     for batch in batches([Row(s) for s in range(len(sequences))], sequences):
         yield [ids for _, ids in batch]
 
 
 def cut(values: Sequence[torch.Tensor], sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-    """[P, …] values of all positions, without padding, from those of padded batches: [B, ≥ S−1, …] each."""
+    """Join the values of padded batches, [B, ≥ S−1, …] each, to [P, …] of all positions without padding."""
     rows = [row for batch in values for row in batch]
     return torch.cat([row[: len(ids) - 1] for row, ids in zip(rows, sequences, strict=True)])

@@ -1,4 +1,4 @@
-"""Losses of several batches, each under several routings, in one pass over the weights."""
+"""Computes the losses of several batches, each under several routings, in one pass over the weights."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,17 +15,17 @@ def batch_losses(
 ) -> list[list[torch.Tensor]]:
     """ℓ(t) of every position of every batch, for each routing.
 
-    Where weights wait in host memory or on disk the batches go through the layers together, their hidden
-    states waiting on the host, so that each weight is brought once. A rule sees the same calls in the same
-    order either way.
+    If weights wait in host memory or on disk, the batches go through the layers together, and their hidden
+    states wait on the host, so that each weight is brought once. A rule sees the same calls in the same order
+    either way.
 
     Args:
         model: the model.
-        batches: [B, S] integer token ids each, padded on the right.
-        routings: MoE layer number → rule, as `MoeModel.routing` takes them; {}: the model's own.
+        batches: token ids, [B, S] integers each, padded on the right.
+        routings: MoE layer number → rule, as `MoeModel.routing` takes them; {} is the model's own routing.
 
     Returns:
-        For each routing, for each batch, [B, S−1] float32 on the CPU, nats.
+        For each routing and each batch [B, S−1] float32 on the CPU, nats.
     """
     if model.offloaded:
         return _by_layer(model, batches, routings)

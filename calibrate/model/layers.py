@@ -1,4 +1,4 @@
-"""A model's decoder layers one at a time, each called as the model itself would call it."""
+"""Runs a model's decoder layers one at a time, each called as the model itself would call it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,14 +16,14 @@ FOLLOWED = ("sdpa", "eager")  # attention implementations that are given a mask,
 
 @dataclass(frozen=True, eq=False)
 class Arguments:
-    """What the model hands to each decoder layer beside hidden states: mask, rotary embedding and so on."""
+    """What the model hands to each decoder layer besides hidden states: mask, rotary embedding and so on."""
 
     of_layer: list[dict[str, Any]]  # for sequences [B, S, D]; all rows of the batch share them
 
     def for_positions(self, layer: int, position: torch.Tensor) -> dict[str, Any]:
-        """The arguments of one row [1, R, D] whose entries stand at `position` [R] and attend by themselves.
+        """The arguments for one row [1, R, D] whose entries stand at `position` [R] and have no mask.
 
-        A rotary embedding [1, S, …] depends on the position alone, so the row's is picked out of it.
+        A rotary embedding [1, S, …] depends on the position alone, so the entries' own are picked out of it.
         """
         arguments = dict(self.of_layer[layer])
 
@@ -62,7 +62,7 @@ def _recorders(decoder: Any) -> Iterator[list[_Recorder]]:
 
 
 def check_rotary(config: Any) -> None:
-    """Refuse a rotary embedding that depends on more than the position."""
+    """Raise a CalibrationError if the rotary embedding depends on more than the position."""
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
         raise CalibrationError(
@@ -79,7 +79,7 @@ def enter(decoder: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, Argument
         input_ids: [B, S] on the decoder's device, without padding on the left.
 
     Returns:
-        What goes into the first layer, [B, S, D], and what every layer gets beside it.
+        What goes into the first layer, [B, S, D], and what every layer gets besides.
     """
     with _recorders(decoder) as recorders:
         decoder(input_ids=input_ids, use_cache=False)
@@ -94,7 +94,7 @@ def _one_row(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-    """One decoder layer: [B, S, D] → [B, S, D]."""
+    """Run one decoder layer: [B, S, D] → [B, S, D]."""
     output = layer(hidden, **arguments)
     if not isinstance(output, torch.Tensor):
         raise CalibrationError(
@@ -105,7 +105,7 @@ def run(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> to
 
 
 def chunks(sequences: Sequence[Sequence[int]], rows: int) -> list[range]:
-    """Consecutive sequences that, padded to the longest, hold at most `rows` tokens (or one sequence)."""
+    """Split sequences into runs that, padded to the longest, hold at most `rows` tokens (or one sequence)."""
     parts: list[range] = []
     start = 0
     for stop in range(1, len(sequences) + 1):

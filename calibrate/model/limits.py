@@ -1,7 +1,8 @@
-"""How much memory this process may still take: the machine's, its control groups', its own limits.
+"""How much memory this process may still take, by the machine, its control groups and its own limits.
 
-Control groups nest: a process is in one, whose every ancestor's limit holds too. Which one it is stands in
-/proc/self/cgroup, where its hierarchy is mounted in /proc/self/mountinfo; both versions are read.
+Control groups nest: a process is in one of them, and the limits of all its ancestors hold, too.
+/proc/self/cgroup says which group it is, /proc/self/mountinfo where the groups are mounted. Versions 1 and 2
+of control groups are read.
 
 Source: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst, proc_pid_mountinfo(5).
 """
@@ -17,35 +18,35 @@ import torch
 
 ROOT = Path("/")
 REFUSALS = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "can't start new thread")
-THREAD_BYTES = (8 + 64) * 2**20  # of address space: a stack, and the heap that malloc sets aside
+THREAD_BYTES = (8 + 64) * 2**20  # address space of a thread: its stack, and the heap that malloc sets aside
 
 
 @dataclass(frozen=True)
 class Limit:
     """One of the bounds on a process's memory."""
 
-    free: int  # bytes that it leaves now
+    free: int  # bytes that it still leaves
     total: int  # bytes
     name: str  # as it follows "free"
 
 
 def host_limit(mapped: int = 0, root: Path = ROOT) -> Limit:
-    """The bound that leaves least memory to what is still to be allocated.
+    """The bound that leaves the least memory for what is still to be allocated.
 
     Args:
-        mapped: bytes of files that will be mapped next to it: they count as address space.
-        root: of the file system; another one in tests.
+        mapped: bytes of files that will be mapped as well; they count as address space.
+        root: the root of the file system; tests give another one.
     """
     return min([pages_limit(root), *_process(root, mapped)], key=lambda limit: limit.free)
 
 
 def pages_limit(root: Path = ROOT) -> Limit:
-    """The bound that leaves least to what is allocated already but was never written to."""
+    """The bound that leaves the least memory for pages that are allocated but were never written to."""
     return min([_machine(root), *_groups(root)], key=lambda limit: limit.free)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that host memory was refused, by whatever raised it."""
+    """Whether an error says that host memory was refused, whichever library raised it."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return any(words in str(error) for words in REFUSALS)
@@ -70,7 +71,7 @@ def _groups(root: Path) -> Iterator[Limit]:
 
 
 def _memory_groups(root: Path) -> Iterator[tuple[Path, Path]]:
-    """(mount, this process's group) of every hierarchy that has memory limits; v1's is in `memory` alone."""
+    """(mount, this process's group) of every hierarchy with memory limits; in version 1 that is `memory`."""
     own = {}
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -95,7 +96,7 @@ def _unescaped(field: str) -> str:
 
 
 def _group(folder: Path) -> Limit | None:
-    """A group's limit of either version, or None where it has none; cached files do not count as taken."""
+    """A group's limit in either version, or None if it has none; cached files do not count as taken."""
     limits = [_number(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
     known = [limit for limit in limits if limit is not None]
     used = _number(folder / "memory.current")
@@ -104,13 +105,13 @@ def _group(folder: Path) -> Limit | None:
     if not known or used is None:
         return None
     counts = _counts(folder / "memory.stat")
-    total = "total_" if "total_inactive_file" in counts else ""  # v1: with the groups below
+    total = "total_" if "total_inactive_file" in counts else ""  # version 1: with the groups below
     cached = counts.get(f"{total}active_file", 0) + counts.get(f"{total}inactive_file", 0)
     return Limit(max(0, min(known) - used + cached), min(known), "under the limit of its control group")
 
 
 def _process(root: Path, mapped: int) -> Iterator[Limit]:
-    """`ulimit -v` and `ulimit -d`; address space is set aside for threads and files as well."""
+    """The limits of `ulimit -v` and `ulimit -d`; threads and mapped files take address space, too."""
     counts = _counts(root / "proc/self/status")
     threads = torch.get_num_threads() * THREAD_BYTES
     for kind, count, aside, flag in (
@@ -124,14 +125,14 @@ def _process(root: Path, mapped: int) -> Iterator[Limit]:
 
 
 def _counts(file: Path) -> dict[str, int]:
-    """The lines "name number …" of a file; nothing where there is no such file."""
+    """The lines "name number …" of a file; empty if there is no such file."""
     fields = (line.split() for line in _lines(file))
     return {field[0]: int(field[1]) for field in fields if len(field) > 1 and field[1].isdigit()}
 
 
 def _number(file: Path) -> int | None:
     lines = _lines(file)
-    return int(lines[0]) if lines and lines[0].isdigit() else None  # "max": no limit
+    return int(lines[0]) if lines and lines[0].isdigit() else None  # "max" means no limit
 
 
 def _lines(file: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Checkpoints: where they are, whether they can be calibrated, and getting them into memory."""
+"""Finds checkpoints, says whether they can be calibrated, and loads them into memory."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def model_folder(name: str) -> tuple[Path, str | None]:
-    """The folder of a model given as a folder or as a hub id, and the hub's commit (None for a folder)."""
+    """Find the folder of a model, given as a folder or hub id, and the hub's commit (None for a folder)."""
     if Path(name).is_dir():
         return Path(name), None
     from huggingface_hub import snapshot_download
@@ -44,18 +44,18 @@ def model_folder(name: str) -> tuple[Path, str | None]:
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """The tokenizer of a folder or hub id.
+    """Load the tokenizer of a folder or hub id.
 
     Raises:
-        CalibrationError: none can be loaded, or what is loaded makes no tokens of a text, as the empty one
-            that transformers gives for a folder without a tokenizer's files.
+        CalibrationError: there is none, or it makes no tokens of a text. transformers gives such an empty
+            tokenizer for a folder without a tokenizer's files.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         reason = "" if tokenizer("A text.").input_ids else "it makes no tokens of a text"
-    except Exception as error:  # of files, of the hub, of tokenizers that lack a package
+    except Exception as error:  # from files, from the hub, from tokenizers that lack a package
         reason = first_line(error)
     if reason:
         raise CalibrationError(f"{name}: no usable tokenizer ({reason}); add the files of the model's own")
@@ -63,7 +63,7 @@ def load_tokenizer(name: str | Path) -> Any:
 
 
 def read_config(folder: Path) -> Any:
-    """The transformers configuration of a checkpoint of a supported family; loads no weights."""
+    """Read the transformers configuration of a checkpoint of a supported family; loads no weights."""
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
@@ -95,11 +95,11 @@ def load_model(
     Args:
         folder: a transformers checkpoint of a supported family.
         dtype: a torch dtype's name, or "auto": float32 on the CPU, the checkpoint's own elsewhere.
-        device: where to. "auto": CUDA where there is one, else the CPU, and what it has no memory for waits
-            in host memory or, beyond that, in a folder on disk. None: CUDA or CPU where all weights fit, else
-            as with "auto".
-        room: what has to stay free next to the weights, and the folder.
-        say: is given one line before the weights load: what they take, what is free, where they go.
+        device: where the weights go. "auto" means CUDA if there is one, else the CPU; weights for which it
+            has no memory wait in host memory, or in a folder on disk if that is full, too. None means CUDA or
+            the CPU if all weights fit, else the same as "auto".
+        room: what has to stay free next to the weights, and the folder on disk.
+        say: is given one line before the weights load: what they take, what is free, and where they go.
 
     Raises:
         CalibrationError: the checkpoint cannot be loaded, or there is no memory for it.
@@ -135,8 +135,8 @@ def _from_pretrained(folder: Path, dtype: str, extra: dict[str, Any]) -> Any:
 
     logging.disable_progress_bar()
     try:
-        # Eager experts loop over the experts that a batch uses: any number of experts per token, and no
-        # atomics on distinct ids, so that the same forward gives the same bits.
+        # Eager experts loop over the experts that a batch uses. They take any number of experts per token,
+        # and use no atomics on distinct ids, so that the same forward gives the same bits.
         with one_weight_at_a_time():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -164,8 +164,8 @@ def one_weight_at_a_time() -> Iterator[None]:
     """Inside, transformers reads a weight when it is its turn.
 
     By default its threads read ahead without a bound, while the main thread joins the experts of each layer:
-    at its worst all weights are there twice (2.07 times their size, transformers 5.19). This is its own
-    switch.
+    in the worst case all weights are there twice (2.07 times their size, transformers 5.19). The switch is
+    transformers' own.
     """
     before = os.environ.get(SEQUENTIAL)
     os.environ[SEQUENTIAL] = "1"
@@ -187,11 +187,11 @@ def _placement(
     room: Room,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """What `from_pretrained` is told about devices; nothing where all weights go to one."""
+    """Arguments of `from_pretrained` about devices; empty if all weights go to one device."""
     kind = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     weights = weights_of(config, kind)
     host = limits.host_limit(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-    on_the_way = weights.peak <= host.free  # all weights pass through host memory, wherever they go
+    on_the_way = weights.peak <= host.free  # all weights pass through host memory first
     name = str(kind).removeprefix("torch.")
     takes = (
         f"{in_words(weights.size)} of weights in {name}, up to {in_words(weights.peak)} of host memory while "

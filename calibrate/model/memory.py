@@ -1,4 +1,4 @@
-"""How many rows fit into --max-memory: an estimate from a model's dimensions."""
+"""Estimates from a model's dimensions how many rows fit into --max-memory."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from cor_vllm.calibrate.model.offload import in_words
 
 
 def check_host_memory(needed: int) -> None:
-    """Refuse what cannot fit into host memory, before the first layer runs.
+    """Raise a CalibrationError, before the first layer runs, if host memory is too small.
 
     Args:
-        needed: bytes of the hidden states that wait on the host; allocated, and not written to yet.
+        needed: bytes of the hidden states that wait on the host. They are allocated, but not written to yet.
     """
     limit = limits.pages_limit()
     if needed > limit.free:
@@ -24,7 +24,7 @@ def check_host_memory(needed: int) -> None:
 
 
 def waiting_bytes(options: CalibrationOptions, config: Any, itemsize: int) -> int:
-    """About what the sweep's hidden states will take on the host: sequences, their copies, the variants."""
+    """Estimate the bytes of the sweep's hidden states on the host: sequences, their copies, variants."""
     hard = options.num_tokens * (100 - options.hard_percentile) / 100
     easy = options.num_tokens * options.easy_percentile / 100
     per_token = options.perturb_scope == "token"
@@ -34,10 +34,10 @@ def waiting_bytes(options: CalibrationOptions, config: Any, itemsize: int) -> in
 
 
 def layer_rows(model: MoeModel, longest: int, max_memory: int) -> int:
-    """Rows of one layer call; at least those of the longest sequence.
+    """How many rows one layer call may take: at least those of the longest sequence.
 
     Args:
-        model: whose dimensions count.
+        model: its dimensions count.
         longest: tokens of the longest sequence.
         max_memory: bytes that the call's activations may take, weights not counted.
 
@@ -55,12 +55,12 @@ def layer_rows(model: MoeModel, longest: int, max_memory: int) -> int:
 
 
 def bytes_per_row(config: Any, longest: int, itemsize: int) -> int:
-    """What one row of a layer call takes at the call's peak, from above.
+    """An upper bound of the bytes that one row of a layer call takes at the call's peak.
 
-    Attention: logits, their masked copy, the joined ones and probabilities, float32, for every head and key;
-    query, key, value, output. Experts: the expert mask of transformers, int64 [N, K] and its copies; gate, up
-    and product of all K experts as if at once. Residual stream, latents (MLA), norms and
-    their float32 copies.
+    Attention takes logits, their masked copy, the joined logits and probabilities, all float32 for every head
+    and key, and query, key, value and output. Experts take the expert mask of transformers, int64 [N, K],
+    with its copies, and gate, up and product of all K experts as if at once. To these come the residual
+    stream, latents (MLA), norms and their float32 copies.
     """
     heads, hidden, top_k = config.num_attention_heads, config.hidden_size, config.num_experts_per_tok
     head = max(
@@ -76,5 +76,8 @@ def bytes_per_row(config: Any, longest: int, itemsize: int) -> int:
 
 
 def head_rows(model: MoeModel, max_memory: int) -> int:
-    """Rows of one call of the language-model head: logits in the model's dtype and three times in float32."""
+    """How many rows one call of the language-model head may take.
+
+    A row takes its logits in the model's dtype and three times in float32.
+    """
     return max(1, max_memory // (model.config.vocab_size * (model.model.dtype.itemsize + 3 * 4)))

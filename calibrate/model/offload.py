@@ -1,9 +1,9 @@
-"""Weights that wait in host memory or on disk, by accelerate's device map, and are used once a pass.
+"""Lets weights wait in host memory or on disk, by accelerate's device map, and brings each once in a pass.
 
-accelerate's hooks bring a module's weights to the execution device before each of its calls and drop them
-afterwards. `held` brings them once for all calls inside it. With it, a calibration by the sweep brings each
-weight at most five times, layer by layer: for the baseline, the sweep, the held-out check, its comparison
-with other settings, and --tune. The plain algorithm brings all weights for each of its forwards.
+accelerate's hooks bring a module's weights to the device that computes before each call of the module, and
+drop them afterwards. `held` brings them once for all calls inside it. With it, a calibration by the sweep
+brings each weight at most five times, layer by layer: for the baseline, the sweep, the held-out check, its
+comparison with other settings, and --tune. The plain algorithm brings all weights for each of its forwards.
 """
 
 import importlib.util
@@ -20,10 +20,12 @@ from torch import nn
 from cor_vllm.calibrate.config import CalibrationError
 from cor_vllm.calibrate.model import limits
 
-ALIGNMENT = 64  # bytes: torch's own on the CPU
+ALIGNMENT = 64  # bytes, torch's own on the CPU
 MAPPED = 32 * 2**20  # bytes from which glibc gives every allocation pages of its own, whatever came before
-SCATTER = 0.5  # of smaller ones: gaps between them that nothing fills; `python -m benchmarks.memory --load`
-FRAGMENTED = 0.95  # of a CUDA device's free memory: the rest is what the allocator cannot use
+# Gaps between smaller allocations that nothing fills, as a share of them; measured by
+# `python -m benchmarks.memory --load`.
+SCATTER = 0.5
+FRAGMENTED = 0.95  # share of a CUDA device's free memory that the allocator can use
 
 
 @contextmanager
@@ -52,7 +54,8 @@ def held(*modules: nn.Module) -> Iterator[None]:
 def align(module: nn.Module, recurse: bool = True) -> None:
     """Move weights that are mapped in place from a checkpoint to where torch would have put them.
 
-    Kernels round by alignment; so a weight gives the same bits wherever its file has it and it waited.
+    Kernels round differently by alignment. Aligned, a weight gives the same bits wherever it was in its file
+    and wherever it waited.
     """
     for parameter in module.parameters(recurse):
         if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
@@ -65,14 +68,14 @@ def is_offloaded(model: nn.Module) -> bool:
 
 
 def waiting_places(model: Any) -> str:
-    """Where the weights of an offloaded model wait, in words."""
+    """Say in words where the weights of an offloaded model wait."""
     names = {"cpu": "in host memory", "disk": "on disk"}
     used = {str(place) for place in model.hf_device_map.values()}
     return " and ".join(words for place, words in names.items() if place in used)
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where a module with a `weight` computes: where accelerate brings it to, or where it is."""
+    """The device of a module with a `weight`: the one that accelerate brings it to, or the one it is on."""
     hook = getattr(module, "_hf_hook", None)
     if hook is not None and hook.execution_device is not None:
         return torch.device(hook.execution_device)
@@ -83,34 +86,34 @@ def execution_device(module: nn.Module) -> torch.device:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a model's weights take, in bytes."""
+    """How much memory a model's weights take, in bytes."""
 
     size: int  # once loaded
-    small: int = 0  # of it, in weights below MAPPED
+    small: int = 0  # the part of it in weights smaller than MAPPED
     largest: int = 0  # the largest weight
 
     @property
     def scattered(self) -> int:
-        """What is lost between small weights, from above."""
+        """An upper bound of what is lost between small weights."""
         return int(SCATTER * self.small)
 
     @property
     def passing(self) -> int:
-        """What transformers takes for a moment, from above.
+        """An upper bound of what transformers takes for a moment.
 
-        A weight of all experts of a layer is read expert by expert, in the wanted dtype, and stacked; then
-        gate and up projections are joined.
+        It reads a weight of all experts of a layer expert by expert, in the wanted dtype, and stacks them;
+        then it joins gate and up projections.
         """
         return 3 * self.largest
 
     @property
     def peak(self) -> int:
-        """The most that loading them into host memory takes, from above."""
+        """An upper bound of what loading them into host memory takes at its worst."""
         return self.size + self.scattered + self.passing
 
 
 def weights_of(config: Any, dtype: torch.dtype) -> Weights:
-    """What a model's weights take in a dtype; counts them on a model without memory."""
+    """How much memory a model's weights take in a dtype; counts them on a model without memory."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -121,7 +124,7 @@ def weights_of(config: Any, dtype: torch.dtype) -> Weights:
 
 @dataclass(frozen=True)
 class Room:
-    """What a calibration needs beside the weights, and where weights may wait on disk."""
+    """The memory that a calibration needs besides the weights, and where weights may wait on disk."""
 
     device: int = 0  # bytes on the device that computes
     host: int = 0  # bytes in host memory
@@ -132,12 +135,12 @@ def placement(weights: Weights, device: torch.device, room: Room) -> dict[str, A
     """Arguments of `from_pretrained` that let weights go to the device, then to the host, then to disk.
 
     Args:
-        weights: what they take.
-        device: that computes.
+        weights: how much they take.
+        device: the device that computes.
         room: what to leave free, and the folder on disk.
 
     Raises:
-        CalibrationError: accelerate is not installed, or the disk has not the room either.
+        CalibrationError: accelerate is not installed, or the disk has no room either.
     """
     size = weights.size
     if importlib.util.find_spec("accelerate") is None:
@@ -164,13 +167,13 @@ def placement(weights: Weights, device: torch.device, room: Room) -> dict[str, A
 
 
 def in_words(size: int) -> str:
-    """Bytes as "1.5 GB" or "20 MB"."""
+    """Write a number of bytes as "1.5 GB" or "20 MB"."""
     return f"{size / 1e9:.1f} GB" if size >= 10**9 else f"{size / 1e6:.0f} MB"
 
 
 @contextmanager
 def offload_folder(output: Path) -> Iterator[Path]:
-    """`<output>.offload`, for weights that wait on disk: created when needed, removed at the end.
+    """The folder `<output>.offload` for weights that wait on disk: created when needed, removed at the end.
 
     What a killed run left there is removed first.
 

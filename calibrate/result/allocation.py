@@ -1,4 +1,4 @@
-"""From intensities to k_l (Eq. 8): which budget rule runs, with which bounds."""
+"""Turns intensities into k_l (Eq. 8): chooses the budget rule and its bounds."""
 
 from collections.abc import Sequence
 
@@ -6,18 +6,21 @@ from cor_vllm.budget import allocate, allocate_paper
 from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
 from cor_vllm.metadata import BudgetInfo
 
-NOISE = 2.0  # standard errors that a gain must exceed before a unit of budget moves
+NOISE = 2.0  # standard errors that a gain must exceed before an expert moves to another layer
 
 Estimate = tuple[float, float]
-"""Mean and standard error, nats."""
+"""A mean and its standard error, nats."""
 
 
 def bounds(options: CalibrationOptions, eligible: int, top_k: int) -> tuple[int, int]:
-    """(k_min, k_max): the options, or max(1, top_k // 2) and min(eligible, 2·top_k); `paper`: 1 and eligible.
+    """The bounds (k_min, k_max) of every k_l.
+
+    The options give them; the defaults are max(1, top_k // 2) and min(eligible, 2·top_k). `--budget paper`
+    has no bounds: 1 and `eligible`.
 
     Args:
-        options: rule and bounds.
-        eligible: the most experts that one token can have: N, or what the groups that a router keeps hold.
+        options: of them the rule and the bounds.
+        eligible: the most experts that one token can have: N, or the size of the groups that a router keeps.
         top_k: the model's own experts per token.
 
     Raises:
@@ -42,13 +45,13 @@ def budget(
     intensity: Sequence[float],
     marginal: Sequence[tuple[Estimate | None, Estimate | None]] = (),
 ) -> tuple[list[int], BudgetInfo]:
-    """k_l of every layer.
+    """Choose k_l of every layer.
 
     Args:
-        options: rule, intensity, bounds.
-        eligible, top_k: the most experts that a token can have, and the model's own.
+        options: of them rule, intensity and bounds.
+        eligible, top_k: the most experts that a token can have, and the model's own number.
         intensity: R_l or S_l(hard) by layer; unused under `--intensity marginal`.
-        marginal: per layer the loss change with one expert fewer and with one more (see `move_units`).
+        marginal: for each layer the loss change with one expert fewer and with one more (see `move_units`).
     """
     k_min, k_max = bounds(options, eligible, top_k)
     total = top_k * len(intensity)
@@ -64,18 +67,18 @@ def budget(
 def move_units(
     marginal: Sequence[tuple[Estimate | None, Estimate | None]], top_k: int, k_min: int, k_max: int
 ) -> list[int]:
-    """Start uniform; move one expert at a time from where it costs least to where it gains most.
+    """Start with top_k everywhere; move single experts from layers that lose least to those that gain most.
 
-    Only top_k ± 1 was measured, so a layer gives or takes one unit at most. The pair of layers with the
-    greatest net gain moves first; moving stops when the best net gain left is not beyond NOISE of its
+    Only top_k ± 1 was measured, so a layer gives or takes one expert at most. The pair of layers with the
+    greatest net gain comes first. Moving stops when the best net gain left is not beyond NOISE of its
     standard errors.
 
     Args:
-        marginal: per layer (fewer, more): mean and standard error of the loss change on hard positions with
-            top_k − 1 and top_k + 1 experts, nats; None where that number of experts does not exist.
+        marginal: for each layer (fewer, more): mean and standard error of the loss change on hard positions
+            with top_k − 1 and top_k + 1 experts, nats; None if that number of experts does not exist.
         top_k, k_min, k_max: k_l stays in [k_min, k_max]; their sum stays M·top_k.
 
-    Source: method.md, "Weak spots", `marginal`.
+    Source: docs/reference/method.md, "Weak spots", `marginal`.
     """
     k = [top_k] * len(marginal)
     givers = {i: fewer for i, (fewer, _) in enumerate(marginal) if fewer and top_k - 1 >= k_min}

@@ -1,4 +1,4 @@
-"""`cor-vllm plot`: the paper's Figures 4 and 6 and the coverage, as PNG and SVG."""
+"""`cor-vllm plot`: draws the paper's Figures 4 and 6, and the coverage, as PNG and SVG."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +13,8 @@ from cor_vllm.calibrate.config import CalibrationError
 from cor_vllm.calibrate.result.show import DORMANT_CEI, dormant, even_share
 from cor_vllm.scores import Scores
 
-PANELS = 4  # layers in the CEI figure where none are chosen
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#666666"  # told apart by the colour-blind as well
+PANELS = 4  # layers in the CEI figure if none are chosen
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#666666"  # colour-blind people can tell them apart, too
 
 
 def plot(scores: Scores, folder: Path, layers: Sequence[int] | None = None) -> list[Path]:
@@ -23,13 +23,13 @@ def plot(scores: Scores, folder: Path, layers: Sequence[int] | None = None) -> l
     Args:
         scores: what to draw.
         folder: receives budget, cei and coverage, each as .png and .svg.
-        layers: decoder layer numbers for the CEI figure; None: those with the most dormant experts.
+        layers: decoder layer numbers for the CEI figure; if None, those with the most dormant experts.
 
     Returns:
         The files written.
 
     Raises:
-        CalibrationError: a chosen layer is no MoE layer.
+        CalibrationError: a chosen layer is not a MoE layer.
     """
     rows = _rows(scores, layers)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def budget_figure(scores: Scores) -> Figure:
 
 
 def cei_figure(scores: Scores, rows: Sequence[int]) -> Figure:
-    """Normalised CEI against mean router probability, one panel per layer, dormant zone shaded (Figure 6)."""
+    """Draw CEI against mean router probability, one panel for each layer, dormant zone shaded (Figure 6)."""
     columns = min(len(rows), 2)
     lines = -(-len(rows) // columns)
     figure = Figure(figsize=(4.5 * columns + 1, 3.8 * lines + 0.6), layout="constrained")
@@ -134,7 +134,7 @@ def _cei_panel(panel: Any, scores: Scores, m: int) -> None:
 
 
 def coverage_figure(scores: Scores) -> Figure:
-    """How many hard positions stand behind each expert's CEI: experts sorted within each layer."""
+    """Draw how many hard positions each expert's CEI comes from; experts are sorted within each layer."""
     figure = Figure(figsize=(7.5, max(2.8, 1.8 + 0.14 * scores.num_layers)), layout="constrained")
     axes = figure.subplots()
     counts = scores.cei_count.sort(dim=1, descending=True).values

@@ -1,4 +1,4 @@
-"""`cor-vllm show`: what is in a scores file, as a table or as JSON."""
+"""`cor-vllm show`: prints what is in a scores file, as a table or as JSON."""
 
 import json
 from typing import Any
@@ -11,28 +11,28 @@ from cor_vllm.calibrate.result.statistics import full_reliability, samples_for
 from cor_vllm.metadata import HeldoutInfo
 from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
 
-DORMANT_CEI = 0.5  # normalised: the upper half of the layer's range
+DORMANT_CEI = 0.5  # of normalised CEI: the upper half of the layer's range
 SIGNIFICANT = 2.0  # standard errors
-RELIABLE = 0.8  # wanted of CEI: the correlation of its values with those of as many other positions
+RELIABLE = 0.8  # the correlation that CEI should have with CEI from as many other positions
 
 
 def dormant(scores: Scores) -> torch.Tensor:
     """Experts that the router rarely chooses although taking them away hurts: [M, N] bool.
 
-    Mean router probability below an even share, normalised CEI of at least DORMANT_CEI, and a positive raw
-    CEI.
+    Their mean router probability is below an even share, their normalised CEI at least DORMANT_CEI, and their
+    raw CEI positive.
     """
     rare = scores.router_prob.double() < even_share(scores)
     return rare & (scores.cei >= DORMANT_CEI) & (scores.cei_raw > 0)
 
 
 def even_share(scores: Scores) -> torch.Tensor:
-    """[M, 1] float64, the mean of a layer's router probabilities: 1/N of a softmax, which sum to 1."""
+    """The mean of each layer's router probabilities, [M, 1] float64; with a softmax it is 1/N."""
     return scores.router_prob.double().mean(dim=1, keepdim=True)
 
 
 def warnings(scores: Scores) -> list[str]:
-    """One line for each reason to distrust the file, by its own numbers."""
+    """One line for each reason in the file's own numbers to distrust it."""
     config, lines = scores.config, []
     if config.heldout and (harm := config.heldout.harm(config.serving.mode)):
         lines.append(harm)
@@ -52,7 +52,7 @@ def warnings(scores: Scores) -> list[str]:
 
 
 def reliability(scores: Scores) -> str:
-    """One sentence on how well the hard positions determine CEI, and how many would do; "" if not known."""
+    """Say how well the hard positions determine CEI, and how many would be enough; "" if not known."""
     calibration = scores.config.calibration
     correlation, rank = calibration.cei_split_half, calibration.cei_split_half_rank
     if correlation is None:
@@ -73,12 +73,12 @@ def reliability(scores: Scores) -> str:
 
 
 def _rough(number: float) -> int:
-    """Two digits: what an estimate from one split is worth."""
+    """Round to two digits: an estimate from one split has no more."""
     return int(float(f"{number:.1e}"))
 
 
 def better_flags(scores: Scores) -> list[str]:
-    """Settings whose held-out loss was lower than that of the file's own by more than its noise."""
+    """Settings whose held-out loss was lower than that of the file's own settings by more than its noise."""
     heldout = scores.config.heldout
     trials = heldout.alternatives if heldout else []
     return [
@@ -89,7 +89,7 @@ def better_flags(scores: Scores) -> list[str]:
 
 
 def as_json(scores: Scores) -> str:
-    """Everything that the table shows and the whole `config`, for machines."""
+    """All that the table shows, and the whole `config`, as JSON for programs."""
     layers = []
     asleep = dormant(scores)
     intervals = scores.config.calibration.rki_interval
@@ -115,7 +115,7 @@ def as_json(scores: Scores) -> str:
 
 
 def print_scores(scores: Scores, console: Console) -> None:
-    """Header, per-layer table, swap rates, held-out table, warnings."""
+    """Print a header, the table of layers, swap rates, the held-out table, and warnings."""
     config = scores.config
     calibration, budget = config.calibration, config.budget
     console.print(

@@ -1,4 +1,4 @@
-"""From single loss changes to the numbers of a scores file. Pure torch; all sums in float64."""
+"""Computes the numbers of a scores file from single loss changes. Pure torch; all sums are in float64."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ BOOTSTRAP_DRAWS = 1000
 
 
 def mean_and_sem(values: torch.Tensor) -> tuple[float, float]:
-    """Mean of [n] samples and its standard error, std(ddof=1)/√n; 0 below 2 samples."""
+    """Mean of [n] samples and its standard error, std(ddof=1)/√n; the error is 0 below 2 samples."""
     values = values.double()
     sem = values.std(unbiased=True).item() / len(values) ** 0.5 if len(values) > 1 else 0.0
     return values.mean().item(), sem
@@ -19,13 +19,13 @@ def mean_and_sem(values: torch.Tensor) -> tuple[float, float]:
 class ExpertImpact:
     """CEI of one layer before normalisation; N experts."""
 
-    raw: torch.Tensor  # [N] float64, mean rescue gain, nats; 0 where count is 0
+    raw: torch.Tensor  # [N] float64, mean loss change without the expert, nats; 0 if count is 0
     sem: torch.Tensor  # [N] float64, its standard error; 0 below 2 samples
-    count: torch.Tensor  # [N] int64, hard positions where the expert was active
+    count: torch.Tensor  # [N] int64, hard positions at which the expert was active
 
 
 def expert_impact(active: torch.Tensor, ablation: torch.Tensor, num_experts: int) -> ExpertImpact:
-    """Average the loss changes per expert (Eq. 7).
+    """Average the loss changes of each expert (Eq. 7).
 
     Args:
         active: [H, K] int64 expert ids.
@@ -42,13 +42,14 @@ def expert_impact(active: torch.Tensor, ablation: torch.Tensor, num_experts: int
 
 
 def shrink(impact: ExpertImpact) -> torch.Tensor:
-    """Empirical-Bayes shrinkage of one layer's CEI towards 0 by its own sampling error: [N] float64.
+    """Shrink one layer's CEI towards 0 by its own sampling error (empirical Bayes): [N] float64.
 
         shrunk = raw · τ² / (τ² + sem²),   τ² = max(0, mean(raw² − sem²))
 
-    τ² is the method-of-moments variance of the true values around 0, over experts with two samples or more.
-    An expert seen once has no error of its own and gets that of one draw with the layer's pooled variance;
-    one never seen stays 0. A layer whose values are no larger than their errors (τ² = 0) becomes 0.
+    τ² estimates the variance of the true values around 0 by the method of moments, over experts with two
+    samples or more. An expert seen once has no error of its own and gets that of one draw with the layer's
+    pooled variance; an expert never seen stays 0. A layer whose values are not larger than their errors
+    (τ² = 0) becomes 0.
     """
     measured = impact.count > 1
     if not measured.any():
@@ -63,16 +64,16 @@ def shrink(impact: ExpertImpact) -> torch.Tensor:
 
 
 def normalise(values: torch.Tensor) -> torch.Tensor:
-    """Min-max of one layer's [N] values to [0, 1], float32; all equal: 0 everywhere."""
+    """Scale one layer's [N] values to [0, 1] by minimum and maximum, float32; equal values all become 0."""
     low, high = values.min(), values.max()
     if low == high:
         return torch.zeros(len(values))
-    # The clamp holds the range where the division of very small differences rounds beyond it.
+    # Without the clamp, the division of very small differences could round beyond the range.
     return ((values - low) / (high - low)).clamp(0, 1).float()
 
 
 def relative_intensity(hard: float, easy: float, epsilon: float) -> float:
-    """R_l = S_l(hard) / (S_l(easy) + ε) (Eq. 4); 0 where the denominator is exactly 0."""
+    """R_l = S_l(hard) / (S_l(easy) + ε) (Eq. 4); 0 if the denominator is exactly 0."""
     denominator = easy + epsilon
     return hard / denominator if denominator else 0.0
 
@@ -80,7 +81,7 @@ def relative_intensity(hard: float, easy: float, epsilon: float) -> float:
 def intensity_interval(
     hard: torch.Tensor, easy: torch.Tensor, epsilon: float, seed: int
 ) -> tuple[float, float]:
-    """95 % bootstrap interval of R_l; its [H] hard and [E] easy samples are resampled independently."""
+    """95 % bootstrap interval of R_l; the [H] hard and [E] easy samples are resampled independently."""
     generator = torch.Generator().manual_seed(seed)
     means = []
     for samples in (hard.double(), easy.double()):
@@ -100,12 +101,12 @@ def split_half_correlation(
     Args:
         layers: (active [H, K], ablation [H, K]) of every layer.
         num_experts: N.
-        seed: of the split.
-        ranks: correlate the experts' ranks within their layer, which a few extreme values do not decide.
+        seed: seed of the split.
+        ranks: correlate the experts' ranks within their layer, so that a few extreme values decide less.
 
     Returns:
-        Pearson correlation over all experts seen in both halves, layer means removed; None where fewer than
-        three experts were, or where a half does not vary.
+        Pearson correlation over all experts seen in both halves, with layer means removed; None if fewer than
+        three experts were seen in both, or if a half does not vary.
     """
     hard = len(layers[0][0])
     order = torch.randperm(hard, generator=torch.Generator().manual_seed(seed))
@@ -131,16 +132,17 @@ def split_half_correlation(
 def full_reliability(split_half: float) -> float:
     """Spearman-Brown: the reliability of all samples from the correlation of their halves, 2r / (1 + r).
 
-    Halves that do not agree, r ≤ 0, have none: 0, where the formula would give down to −∞.
+    Halves that do not agree (r ≤ 0) have the reliability 0; the formula would give values down to −∞.
     """
     return 2 * split_half / (1 + split_half) if split_half > 0 else 0.0
 
 
 def samples_for(reliability: float, split_half: float, samples: int) -> int | None:
-    """How many samples would have a reliability, where the halves of so many correlate at `split_half`.
+    """How many samples would have a reliability, if the halves of `samples` correlate at `split_half`.
 
-    Spearman-Brown: n times as many samples have the reliability n·r / (1 + (n − 1)·r). Assumes that noise
-    shrinks as 1/√n and that further samples are of the same kind. None where the halves do not agree at all.
+    Spearman-Brown: n times as many samples have the reliability n·r / (1 + (n − 1)·r). This assumes that
+    noise shrinks as 1/√n and that further samples are of the same kind. None if the halves do not agree at
+    all.
     """
     if split_half <= 0:
         return None

@@ -1,4 +1,4 @@
-"""Calibration text: where documents come from, and how sequences are drawn from them."""
+"""Calibration text: reads documents and draws token sequences from them."""
 
 import hashlib
 import random
@@ -10,8 +10,8 @@ from cor_vllm.calibrate.config import DEFAULT_CORPUS, CalibrationError
 from cor_vllm.calibrate.text.reading import Given, Row, described, read
 
 DEFAULT_CORPUS_FILE = Path(__file__).parents[1] / "data" / "default_corpus.txt"
-C4_DOCUMENTS = 2000  # of the validation split, from its start: about a million tokens
-QUESTION = "Question: {question}\nAnswer:"  # how --answers puts a question; a space and the answer follow
+C4_DOCUMENTS = 2000  # the first ones of the validation split: about a million tokens
+QUESTION = "Question: {question}\nAnswer:"  # how --answers asks; a space and the answer follow
 JSON = "JSON (a list, or one value a line)"
 CORPUS_WANTED = f"plain text, or {JSON} of strings or of objects with a string `text`"
 ANSWERS_WANTED = f"{JSON} of objects with strings `question` and `answer`"
@@ -33,11 +33,12 @@ class Corpus:
 def load_corpus(name: str) -> Corpus:
     """Read the shipped corpus (`default`), C4 validation (`c4`), or a file of text or of JSON.
 
-    In a text file blank lines separate documents. A JSON file, a list or one value a line, has for each
-    document a string or an object with a string `text`. See `reading` for what else is told apart.
+    In a text file blank lines separate documents. In a JSON file (a list, or one value a line) each document
+    is a string, or an object with a string `text`. `reading` tells the forms apart and refuses all others.
 
     Raises:
-        CalibrationError: the file cannot be read, has another form, or the extra that `c4` needs is missing.
+        CalibrationError: the file cannot be read or has another form, or a package that `c4` needs is
+            missing.
     """
     if name == "c4":
         return _c4()
@@ -67,7 +68,7 @@ def _strings(given: Given, row: Row, *keys: str) -> list[str]:
 
 
 def _whole(given: Given, row: Row, text: str) -> str:
-    """The text, if a tokenizer can take it: JSON can escape half of a character."""
+    """Return the text if a tokenizer can take it: JSON can escape half of a character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -100,16 +101,18 @@ def draw(
 ) -> list[list[list[int]]]:
     """Draw disjoint sets of sequences with exactly the wanted numbers of positions.
 
-    Documents, in an order drawn from `seed`, are cut into windows of at most `seq_len` tokens; the windows
-    are shuffled and dealt out, each to one part only. The last window of a part is cut to the exact number.
+    Documents are taken in an order drawn from `seed` and cut into windows of at most `seq_len` tokens. The
+    windows are shuffled and dealt out, each to one part only. The last window of a part is cut so that the
+    number of positions is exact.
 
     Args:
         corpus: the documents.
         tokenize: text → token ids, without special tokens.
-        prefix: ids that the model expects before any text (its BOS, or nothing); opens every sequence.
+        prefix: ids that the model expects before any text (its BOS, or nothing); every sequence begins with
+            them.
         seq_len: tokens of a sequence, prefix included.
         parts: positions wanted in each part; a sequence of S tokens has S−1.
-        seed: of both shuffles.
+        seed: seed of both shuffles.
 
     Returns:
         One list of sequences per part.
@@ -153,10 +156,10 @@ def _pool(documents: Iterable[list[int]], prefix: list[int], seq_len: int, posit
 
 
 def read_answers(path: Path) -> tuple[list[tuple[str, str]], str]:
-    """`--answers`: (question, answer) of every record of a JSON file, with the file's SHA-256.
+    """Read `--answers`: (question, answer) of every record of a JSON file, and the file's SHA-256.
 
     Raises:
-        CalibrationError: unreadable, or a record that is not an object with both, neither empty.
+        CalibrationError: the file cannot be read, or a record is not an object with both, neither empty.
     """
     given = read(path, "--answers", ANSWERS_WANTED)
     items = []
@@ -171,13 +174,13 @@ def read_answers(path: Path) -> tuple[list[tuple[str, str]], str]:
 def draw_answers(
     items: Sequence[tuple[str, str]], tokenize: Tokenize, prefix: list[int], wanted: int, seed: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Question-answer pairs, in an order drawn from `seed`, until they have `wanted` positions.
+    """Take question-answer pairs, in an order drawn from `seed`, until they have `wanted` positions.
 
     Returns:
-        (sequences, per sequence the positions that predict the answer's tokens).
+        The sequences, and for each the positions that predict the answer's tokens.
 
     Raises:
-        CalibrationError: there are too few.
+        CalibrationError: there are too few pairs.
     """
     order = list(items)
     random.Random(seed).shuffle(order)
@@ -201,7 +204,7 @@ def draw_answers(
 
 
 def read_token_ids(path: Path, vocab_size: int) -> tuple[list[list[int]], str]:
-    """`--token-ids`: lists of ids, each a sequence of at least 2; with the file's SHA-256."""
+    """Read `--token-ids`: lists of ids, each a sequence of at least 2, and the file's SHA-256."""
     given = read(path, "--token-ids", f"{LISTS_WANTED} token ids")
     sequences = _lists(given, "token ids")
     for number, ids in enumerate(sequences):
@@ -217,7 +220,7 @@ def read_token_ids(path: Path, vocab_size: int) -> tuple[list[list[int]], str]:
 
 
 def read_positions(path: Path, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
-    """`--positions`: per sequence the indexes t, from 0, of the hard positions (t predicts token t+1)."""
+    """Read `--positions`: for each sequence the indexes t, from 0, of its hard positions (t predicts t+1)."""
     given = read(path, "--positions", f"{LISTS_WANTED} positions")
     positions = _lists(given, "positions")
     if len(positions) != len(sequences):

@@ -1,4 +1,4 @@
-"""The token sequences of a calibration: from a corpus and a tokenizer, or from files of ids."""
+"""Makes the token sequences of a calibration, from text and a tokenizer or from files of token ids."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +17,11 @@ from cor_vllm.calibrate.text.corpus import (
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What is measured on."""
+    """The sequences that a calibration measures and is checked on."""
 
-    name: str  # of the corpus, or of the file of token ids
-    sha256: str  # of its bytes
-    sequences: list[list[int]]  # calibration
+    name: str  # the corpus's, or the name of the file of token ids
+    sha256: str  # of the file's bytes
+    sequences: list[list[int]]  # to calibrate on
     hard_positions: list[list[int]] | None  # one list per calibration sequence, instead of the percentile
     heldout: list[list[int]]  # empty: no held-out check
     tuning: list[list[int]]  # the half of the held-out positions that --tune looks at
@@ -31,16 +31,16 @@ class Inputs:
 def read_inputs(options: CalibrationOptions, folder: Path, vocab_size: int) -> Inputs:
     """Draw calibration and held-out sequences, or read the given ones.
 
-    With --answers held-out positions come from --corpus. With --token-ids all of the file's sequences
-    calibrate; held-out positions then come from --corpus, if that is given too, and there are none otherwise.
+    With --answers, held-out positions come from --corpus. With --token-ids, all of the file's sequences are
+    calibrated on; held-out positions come from --corpus if that is given, too, else there are none.
 
     Args:
         options: corpus, sizes, seed.
-        folder: the model's, for its tokenizer; not needed where every id is given.
+        folder: the model's folder, for its tokenizer; not needed if all ids are given.
         vocab_size: token ids must stay below it.
 
     Raises:
-        CalibrationError: unreadable, malformed or too short input.
+        CalibrationError: the input cannot be read, is malformed, or is too short.
     """
     if options.answers is not None:
         tokenizer = _Tokenizer(folder)
@@ -73,7 +73,7 @@ def _with_heldout(inputs: Inputs, options: CalibrationOptions, tokenizer: "_Toke
 
 
 def _heldout_parts(options: CalibrationOptions) -> list[int]:
-    """Positions to tune on and to report on."""
+    """How many positions to tune on, and how many to report on."""
     half = options.heldout_tokens // 2 if options.tune else 0
     return [half, options.heldout_tokens - half]
 

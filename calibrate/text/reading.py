@@ -1,7 +1,7 @@
-"""Files that a user names: what one is, is told from its bytes, and what cannot be read is refused by name.
+"""Reads the files that a user names. Their bytes tell what they are; other forms are refused by name.
 
-Read are plain text and JSON: a list, or one value a line. Either may be packed by gzip, in UTF-8 with or
-without a byte-order mark or in UTF-16 or UTF-32 with one, and have any line ends.
+Plain text and JSON are read; JSON is a list, or one value a line. Both may be packed by gzip and may have any
+line ends. They are in UTF-8, with or without a byte-order mark, or in UTF-16 or UTF-32 with one.
 """
 
 import codecs
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from cor_vllm.calibrate.config import CalibrationError
 
 GZIP = b"\x1f\x8b"
-# How files of other forms begin. Each pattern holds a byte that prose does not have there.
+# How files of other forms begin. Each pattern holds a byte that prose does not have in that place.
 SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (GZIP, "a gzip file within a gzip file"),
     (rb"PK(\x03\x04|\x05\x06)", "a zip archive, as xlsx, docx, epub, npz and pt files are"),
@@ -45,7 +45,7 @@ SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a.{0,1000}\0", "a picture"),
 )
 MARKUP = re.compile(r"\s*<(!doctype html|html|\?xml)\b", re.IGNORECASE)
-# Tables and markup are text that no byte tells from prose: here the name has to.
+# Tables and markup are text that no byte tells from prose, so the file's name has to.
 NAMES = {
     ".csv": "a CSV table", ".tsv": "a TSV table", ".yaml": "a YAML file", ".yml": "a YAML file",
     ".html": "a web page", ".htm": "a web page", ".xml": "an XML file",
@@ -57,7 +57,7 @@ BEGINNING = re.compile(
     rf'\{{\s*{STRING}:|\[\s*(\{{\s*{STRING}:|{STRING}(,\s*(["\[{{\]\d-]|true|false|null)|\]\s*(\n|\Z)))',
     re.DOTALL,
 )
-BOMS = (  # UTF-32's first: UTF-16's is the beginning of it
+BOMS = (  # UTF-32's come first: UTF-16's are their beginnings
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -71,7 +71,7 @@ SHOWN = 60  # characters of a line that a message quotes
 class Row:
     """One value of a JSON file."""
 
-    place: str  # "line 3", or "item 3" of a list; both count from 1
+    place: str  # "line 3" of a file, or "item 3" of a list; both count from 1
     value: Any
 
 
@@ -79,7 +79,7 @@ class Row:
 class Given:
     """A file that an option names, as text."""
 
-    name: str  # "--corpus FILE", how messages begin
+    name: str  # "--corpus FILE", with which messages begin
     suffix: str  # in lower case and without .gz
     wanted: str  # what the option takes, for messages
     text: str
@@ -90,10 +90,10 @@ class Given:
         raise CalibrationError(f"{self.name}: {reason}; give {self.wanted}")
 
     def is_json(self) -> bool:
-        """Whether this is JSON and not prose: by the name, or by the first characters.
+        """Whether the file is JSON and not prose: by its name, or by its first characters.
 
-        A file of another name is JSON if it begins as a list or an object with a string does, up to what
-        follows the string; if its first line is an object; or if the whole is a list or an object.
+        A file of another name is JSON if it begins like a list or an object with a string, up to what follows
+        that string. It is JSON, too, if its first line is an object, or if the whole is a list or an object.
         """
         if self.suffix in JSON_NAMES:
             return True
@@ -108,7 +108,7 @@ class Given:
         """The values of a JSON file: the items of a list, or one for each line that is not blank.
 
         Raises:
-            CalibrationError: something is not JSON; the message shows the line.
+            CalibrationError: a part is not JSON; the message shows the line.
         """
         whole = _parsed(self.text)
         if isinstance(whole, list):
@@ -127,7 +127,7 @@ class Given:
         return rows
 
     def _refuse_json(self, error: Any, first: int) -> NoReturn:
-        """Args: error: of `_parsed`; first: the number of the line that its line 1 is."""
+        """Refuse with the `error` of `_parsed`; `first` is the number in the file of the error's line 1."""
         if not isinstance(error, json.JSONDecodeError):
             self.refuse(f"line {first} is not JSON that can be read ({error})")
         number = first + error.lineno - 1
@@ -140,8 +140,8 @@ def read(path: Path, option: str, wanted: str) -> Given:
 
     Args:
         path: the file.
-        option: "--corpus" and the like, for messages.
-        wanted: what the option takes, likewise; follows "give".
+        option: the option's name, "--corpus" for instance, for messages.
+        wanted: what the option takes; follows "give" in messages.
 
     Raises:
         CalibrationError: the file cannot be read, is empty, is not text, or has a form that is not read.
@@ -184,7 +184,7 @@ def _decoded(data: bytes, name: str, wanted: str) -> str:
             f"{name}: not text: character {text.index(chr(0))} is NUL (UTF-16 is read if it begins with a "
             f"byte-order mark); give {wanted}"
         )
-    return text.replace("\r\n", "\n").replace("\r", "\n")  # JSON has none of them within a value
+    return text.replace("\r\n", "\n").replace("\r", "\n")  # a JSON value has no raw line ends
 
 
 def _parsed(text: str) -> Any:
@@ -207,6 +207,6 @@ def described(value: Any) -> str:
 
 
 def shown(text: str) -> str:
-    """The beginning of a text, with every character that cannot be seen as an escape."""
+    """The beginning of a text; characters that cannot be seen are shown as escapes."""
     visible = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:SHOWN])
     return visible + ("…" if len(text) > SHOWN else "")

@@ -1,6 +1,6 @@
-"""Hard and easy positions (paper 3.2.1), and the positions of a set of sequences in one flat order.
+"""Tells hard from easy positions (paper, 3.2.1) and numbers the positions of a set of sequences.
 
-Positions of all sequences stand in one row, sequence by sequence: P = Σ (S−1).
+The positions of all sequences stand in one row, sequence by sequence; there are P = Σ (S−1) of them.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from cor_vllm.calibrate.config import CalibrationError
 
 @dataclass(frozen=True, eq=False)
 class Strata:
-    """Which positions are hard and which easy."""
+    """Which positions are hard and which are easy."""
 
     hard: torch.Tensor  # [P] bool
     easy: torch.Tensor  # [P] bool
@@ -27,17 +27,17 @@ def stratify(
     easy_percentile: float,
     hard_positions: torch.Tensor | None = None,
 ) -> Strata:
-    """Split positions by their loss: hard above the one percentile, easy below the other.
+    """Split positions by their loss: above one percentile they are hard, below the other easy.
 
     Args:
         losses: [P] float32 ℓ of all calibration positions, nats.
-        hard_percentile, easy_percentile: 0 to 100, linear interpolation.
+        hard_percentile, easy_percentile: 0 to 100; percentiles are interpolated linearly.
         hard_positions: [P] bool, takes the place of the upper percentile; what it names is never easy.
 
     Raises:
-        CalibrationError: no hard or no easy position.
+        CalibrationError: there is no hard or no easy position.
 
-    Source: 3.2.1.
+    Source: paper, 3.2.1.
     """
     exact = losses.double()
     tau_high = torch.quantile(exact, hard_percentile / 100).item()
@@ -54,7 +54,7 @@ def stratify(
 
 
 def flat_mask(positions: Sequence[Sequence[int]], sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-    """[P] bool from one list of position indexes per sequence."""
+    """Make a [P] bool mask out of one list of position indexes for each sequence."""
     masks = [torch.zeros(len(ids) - 1, dtype=torch.bool) for ids in sequences]
     for mask, indexes in zip(masks, positions, strict=True):
         mask[list(indexes)] = True
@@ -62,6 +62,6 @@ def flat_mask(positions: Sequence[Sequence[int]], sequences: Sequence[Sequence[i
 
 
 def locate(mask: torch.Tensor, sequences: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """The (sequence, position) of each True of a flat mask, in order."""
+    """Find the (sequence, position) of each True in a flat [P] mask, in order."""
     pairs = [(s, t) for s, ids in enumerate(sequences) for t in range(len(ids) - 1)]
     return [pair for pair, chosen in zip(pairs, mask.tolist(), strict=True) if chosen]
