@@ -1,14 +1,14 @@
-"""Time of the sweep against the plain algorithm: same process, same model, same positions.
+"""Times the sweep against the plain algorithm, in the same process, on the same model and positions.
 
     python -m benchmarks.calibration                         random models of growing size, a few minutes
     python -m benchmarks.calibration --model FOLDER          a checkpoint, for growing numbers of positions
     python -m benchmarks.calibration --model FOLDER --tokens 10000 --no-plain
 
-Runs alternate between the two, so that a busy machine slows both. The table gives wall time, median and
-range, and CPU time of the process, the quickest run: without a GPU the laws are fitted to that, since other
-jobs on the machine disturb it least. Layer-rows are token positions times decoder layers, counted where they
-happen. Two laws: time = fixed + rate · layer-rows + rate · layer calls · N; and, for random models, rows and
-time as powers of layers M, experts N, positions P and hard positions H.
+Runs alternate between the two, so that a busy machine slows both. The table gives wall time (median and
+range) and the CPU time of the quickest run. Without a GPU the laws are fitted to CPU time, because other jobs
+on the machine disturb it least. Layer-rows are token positions times decoder layers, counted in the layers
+themselves. There are two laws: time = fixed + rate · layer-rows + rate · layer calls · N; and, for random
+models, rows and time as powers of layers M, experts N, positions P and hard positions H.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def run_once(
 
 
 def synchronize(model: MoeModel) -> None:
-    """Wait for the device, where it has a queue."""
+    """Wait for the device, if it has a queue."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
 
@@ -178,15 +178,15 @@ def print_table(timings: list[Timing], console: Console) -> None:
     for shape in dict.fromkeys(timing.shape for timing in timings):
         by_name = {timing.algorithm: timing for timing in timings if timing.shape == shape}
         sweep, plain = by_name["sweep"], by_name.get("plain")
-        beside = [f"{min(sweep.cpu_seconds):.2f}", "", "", f"{sweep.layer_rows:,}", "", ""]
+        cells = [f"{min(sweep.cpu_seconds):.2f}", "", "", f"{sweep.layer_rows:,}", "", ""]
         if plain:
             cpu = min(plain.cpu_seconds)
-            beside[1:3] = f"{cpu:.2f}", f"{cpu / min(sweep.cpu_seconds):.0f}"
-            beside[4:] = f"{plain.layer_rows:,}", f"{plain.layer_rows / sweep.layer_rows:.0f}"
+            cells[1:3] = f"{cpu:.2f}", f"{cpu / min(sweep.cpu_seconds):.0f}"
+            cells[4:] = f"{plain.layer_rows:,}", f"{plain.layer_rows / sweep.layer_rows:.0f}"
         table.add_row(
             shape.model, str(shape.layers), str(shape.experts), str(shape.tokens), str(sweep.hard),
             spread(sweep), spread(plain) if plain else "",
-            f"{plain.median() / sweep.median():.0f}" if plain else "", *beside,
+            f"{plain.median() / sweep.median():.0f}" if plain else "", *cells,
         )  # fmt: skip
     console.print(table)
 
@@ -288,7 +288,7 @@ def main() -> None:
         "--tokens", type=int, nargs="+", default=[250, 500, 1000], help="positions, with --model"
     )
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--device", help="where it runs (default: cuda if there is one)")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-memory", default="2GB")
     parser.add_argument("--repeats", type=int, default=2)

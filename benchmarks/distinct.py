@@ -1,9 +1,9 @@
-"""Distinct experts per layer and decode step: equal Σ k_l is equal arithmetic, but not equal memory traffic.
+"""Counts the distinct experts of each layer and decode step: equal Σ k_l is not equal memory traffic.
 
     python -m benchmarks.distinct --engine '{"model": "FOLDER"}' --batches 1 8
 
-One engine in this process, without CUDA graphs; the routers themselves say which experts they chose. The
-last line of the output is JSON, one object per batch.
+Runs one engine in this process, without CUDA graphs; the routers themselves say which experts they chose. The
+last line of the output is JSON with one object for each batch.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Recorder:
         return capture
 
     def result(self) -> dict[str, Any]:
-        """Means over the steps, by layer and over the layers."""
+        """The means over the steps, for each layer and over the layers."""
         per_layer = [statistics.fmean(counts) for _, counts in sorted(self.counts.items())]
         return {
             "batch": self.batch,
@@ -62,7 +62,7 @@ def attach(model: torch.nn.Module, recorder: Recorder) -> int:
 
 
 def run(engine: dict[str, Any], batches: list[int], input_len: int, steps: int) -> list[dict[str, Any]]:
-    """One result per batch."""
+    """Run an engine and return one result for each batch."""
     from vllm import LLM, SamplingParams
 
     from benchmarks.common.client import Load
@@ -84,7 +84,7 @@ def run(engine: dict[str, Any], batches: list[int], input_len: int, steps: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--engine", type=json.loads, required=True, help="arguments of vllm.LLM, JSON")
+    parser.add_argument("--engine", type=json.loads, required=True, help="arguments of vllm.LLM as JSON")
     parser.add_argument("--batches", type=int, nargs="+", required=True)
     parser.add_argument("--input-len", type=int, default=100)
     parser.add_argument("--steps", type=int, default=16)

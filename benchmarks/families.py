@@ -1,10 +1,11 @@
-"""Do other families' expert kernels take another k in every layer, odd ones among them? On dummy weights.
+"""Checks on dummy weights that other families' expert kernels take another k, also an odd one, in each layer.
 
     python -m benchmarks.families
 
-One engine per row, at the published dimensions with few layers: it starts, captures CUDA graphs, generates
-with finite log-probabilities; then the same text is scored twice, routed by Triton and by plain torch. As a
-control the text is scored once more without λ·CEI: had that changed nothing, agreement would mean nothing.
+Each row is one engine with the published dimensions and few layers. It starts, captures CUDA graphs and
+generates with finite log-probabilities. Then the same text is scored twice, routed by Triton and by plain
+torch. As a control the text is scored once more without λ·CEI: if that changed nothing, agreement would mean
+nothing.
 """
 
 import argparse
@@ -45,11 +46,11 @@ TINY: dict[str, dict[str, Any]] = {
 PROMPTS = [[(7 * i + 13 * j + j * j) % 500 + 2 for j in range(24 + 5 * i)] for i in range(8)]
 TOKENS = 16
 CLOSE = 0.05  # nats; a bf16 logit of 4 has a step of 0.03
-SHARE = 0.02  # of positions that may differ by more, where a tie went the other way in an early layer
+SHARE = 0.02  # share of positions that may differ by more, because an early layer broke a tie otherwise
 
 
 def one(row: str, folder: Path, device: str) -> dict[str, Any]:
-    """One row, in this process."""
+    """Measure one row in this process."""
     from vllm import LLM, SamplingParams
 
     from cor_vllm.serve import router
@@ -84,7 +85,7 @@ def one(row: str, folder: Path, device: str) -> dict[str, Any]:
 
 
 def engine_options(device: str) -> dict[str, Any]:
-    """On a GPU decode steps run as captured graphs, without the minute that torch.compile takes.
+    """Options of the engine. On a GPU decode steps run as graphs, without the minute of torch.compile.
 
     On a CPU latent attention needs what cor_vllm/serve/cpu.py has; other models take no notice of it.
     """
@@ -98,7 +99,7 @@ def engine_options(device: str) -> dict[str, Any]:
 
 
 def expert_kernel(model: torch.nn.Module) -> str:
-    """What computes the experts of the first MoE layer."""
+    """The name of what computes the experts of the first MoE layer."""
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
     runner: Any = next(module for module in model.modules() if isinstance(module, MoERunner))
@@ -108,7 +109,7 @@ def expert_kernel(model: torch.nn.Module) -> str:
 
 
 def score(llm: Any, texts: list[list[int]]) -> list[float]:
-    """Log-probability of every token of the texts but the first ones."""
+    """The log-probability of every token of the texts, except the first token of each."""
     from vllm import SamplingParams
 
     only_score = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
@@ -123,7 +124,7 @@ def score(llm: Any, texts: list[list[int]]) -> list[float]:
 def judge(
     generated: list[float], routed: list[float], plain: list[float], unbiased: list[float]
 ) -> dict[str, Any]:
-    """Finite, equal but for rounding, and sensitive to the routing."""
+    """Check that results are finite, equal up to rounding, and sensitive to the routing."""
     off = [abs(a - b) for a, b in zip(routed, plain, strict=True)]
     control = [abs(a - b) for a, b in zip(plain, unbiased, strict=True)]
     share = statistics.fmean(not value <= CLOSE for value in off)
@@ -139,7 +140,7 @@ def judge(
 
 
 def all_rows(names: list[str], device: str, logs: Path) -> list[dict[str, Any]]:
-    """A process per row: side by side on a GPU, which has room for all; one after the other on a CPU."""
+    """Run a process for each row: all at once on a GPU, which has room, one after the other on a CPU."""
     lifetime.guard()
     running: dict[str, subprocess.Popen[str]] = {}
     for number, name in enumerate(names):
@@ -165,9 +166,11 @@ def all_rows(names: list[str], device: str, logs: Path) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """0 where every row passed."""
+    """Run the rows; 0 if every row passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], help="where it runs (default: cuda if there is one)"
+    )
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="default: all; no mxfp4 on a CPU")
     parser.add_argument("--output", type=Path, help=f"folder for families.csv (default: in {RESULTS.name}/)")
     parser.add_argument("--one", choices=list(ROWS), help="used by the program itself")

@@ -1,11 +1,11 @@
-"""Load and faults: what a CoR server does where a stock server would, or would not, lose a request.
+"""Puts load and faults on a CoR server and on a stock server, and counts the requests that each loses.
 
     python -m benchmarks.faults [--requests 2000] [--experiments load vanish …]
 
-Real servers on the CPU with the demo model, stock and CoR one after the other, the same requests to both. An
-answer counts as wrong where it differs from the same server's answer to the same prompt asked alone; the
-stock server's own count is the measure, since batching changes the last bits of a CPU's sums. Prints a table
-and writes it as CSV.
+Both are real servers on the CPU with the demo model. They run one after the other and get the same requests.
+An answer counts as wrong if it differs from the same server's answer to the same prompt asked alone. The
+stock server's own count is the measure, because batching changes the last bits of a CPU's sums. The program
+prints a table and writes it as CSV.
 """
 
 import argparse
@@ -86,13 +86,13 @@ async def client() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 async def alone(url: str) -> dict[str, str]:
-    """The answer to each prompt when nothing else is asked."""
+    """The answer to each prompt if nothing else is asked."""
     async with client() as session:
         return {prompt: await stream(session, url, prompt) for prompt in PROMPTS}
 
 
 async def many(url: str, prompts: list[str], leave_after: int | None = None) -> list[str | BaseException]:
-    """All prompts at once."""
+    """Ask all prompts at once."""
     async with client() as session:
         asked = [stream(session, url, prompt, leave_after) for prompt in prompts]
         return await asyncio.gather(*asked, return_exceptions=True)
@@ -110,7 +110,7 @@ def count(row: Row, prompts: list[str], answers: list[str | BaseException], righ
 
 
 def load(url: str, row: Row, requests: int) -> Row:
-    """`requests` streams at the same time."""
+    """Run `requests` streams at the same time."""
     right = asyncio.run(alone(url))
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(requests)]
     start = time.perf_counter()
@@ -120,7 +120,7 @@ def load(url: str, row: Row, requests: int) -> Row:
 
 
 def vanish(url: str, row: Row, requests: int) -> Row:
-    """Half of the clients hang up after two pieces; the others must not notice, nor anything stay behind."""
+    """Half of the clients hang up after two pieces: the others must not notice, and nothing may remain."""
     right = asyncio.run(alone(url))
     staying = [PROMPTS[i % len(PROMPTS)] for i in range(requests // 2)]
 
@@ -138,7 +138,7 @@ def vanish(url: str, row: Row, requests: int) -> Row:
 
 
 async def _settled(url: str) -> float:
-    """Requests that the server still runs or queues, after at most 30 s."""
+    """How many requests the server still runs or queues, after at most 30 s."""
     held = -1.0
     async with client() as session:
         for _ in range(60):
@@ -153,7 +153,7 @@ async def _settled(url: str) -> float:
 
 
 def killed(url: str, row: Row, requests: int) -> Row:
-    """The engine process dies in the middle: every client must hear of it, and soon."""
+    """The engine process dies in the middle of the work: every client must be told, and soon."""
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(requests)]
     server = _server(url)
     engines = [p for p in server.children(recursive=True) if "EngineCore" in p.name() + " ".join(p.cmdline())]
@@ -189,7 +189,7 @@ def _server(url: str) -> psutil.Process:
 def on_running_servers(
     name: str, run: Callable[[str, Row, int], Row], place: Path, requests: int
 ) -> Iterator[Row]:
-    """One experiment on a stock and on a CoR server."""
+    """Run one experiment on a stock server and on a CoR server."""
     for server in ("stock", "CoR"):
         flags = ["--cor-scores", str(scores_file(place))] if server == "CoR" else []
         with serve(
@@ -206,7 +206,7 @@ def scores_file(place: Path, seed: int = 0) -> Path:
 
 
 def file_changes(place: Path) -> Iterator[Row]:
-    """The scores file replaced, then deleted, under a running server; then a start with each."""
+    """Replace, then delete the scores file of a running server; then start servers with what is left."""
     file, log = scores_file(place), place / "file.log"
     flags = ["--served-model-name", "demo", *EAGER, "--cor-scores", str(file)]
     with serve(MODEL, *flags, log=log) as url:
@@ -233,7 +233,7 @@ def file_changes(place: Path) -> Iterator[Row]:
 
 
 def bad_caches(place: Path) -> Iterator[Row]:
-    """A compile cache full of nonsense, and a disk on which nothing can be written."""
+    """Start with a compile cache full of nonsense, and with a disk on which nothing can be written."""
     for server in ("stock", "CoR"):
         cache = place / f"cache-{server}"
         flags = ["--cor-scores", str(scores_file(place))] if server == "CoR" else []
@@ -269,7 +269,12 @@ EXPERIMENTS = ("load", "vanish", "killed", "file", "cache")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--requests", type=int, default=2000, help="of load and vanish (default: 2000)")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=2000,
+        help="requests of the experiments load and vanish (default: 2000)",
+    )
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=EXPERIMENTS)
     options = parser.parse_args()
     rows: list[Row] = []

@@ -33,10 +33,10 @@ from benchmarks.common.results import device_name, run_folder, versions
 from benchmarks.common.servers import ROOT
 from cor_vllm.commands import lifetime
 
-# Seconds of each part; serving gets what is left, the last part's share set aside.
+# Seconds of each part. Serving gets what is left after the last part's share is set aside.
 PARTS = {"kernel_check": 90, "kernel": 130, "serving": 0, "families": 100}
-PATIENCE = 40  # seconds to stop servers in, after which a part is killed
-RETRY = 150  # seconds without which serving is not worth a second start
+PATIENCE = 40  # seconds that a part has to stop its servers, before it is killed
+RETRY = 150  # seconds that must be left if serving is to start a second time
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Done:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What a figure depends on beside the code, and the code."""
+    """What a figure depends on: machine and versions, and a hash of the code."""
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
@@ -83,7 +83,7 @@ def command_output(*command: str) -> str:
 
 
 def sources() -> str:
-    """A hash of the Python files, where a copy without git has to be recognised."""
+    """A hash of the Python files, by which a copy without git can be recognised."""
     total = hashlib.sha256()
     for folder in ("cor_vllm", "kernels", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*.py")):  # does not follow cor_vllm's links
@@ -106,7 +106,7 @@ def command_of(part: str, args: argparse.Namespace, folder: Path, seconds: float
 
 
 def run_part(name: str, command: list[str], seconds: float) -> Done:
-    """Run it with its output passed on; after `seconds` it is interrupted, so that it stops its servers."""
+    """Run a part and pass its output on; after `seconds` it is interrupted, so that it stops its servers."""
     print(f"\n== {name}, at most {seconds:.0f} s", flush=True)
     lifetime.guard()
     began = time.monotonic()
@@ -166,11 +166,17 @@ def summarise(folder: Path, around: dict[str, Any], done: list[Done], wanted: li
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--layers", type=int, help="of the served model (default: as many as fit five times)")
-    parser.add_argument("--budget-seconds", type=float, default=550, help="for all (default: 550)")
+    parser.add_argument(
+        "--layers", type=int, help="layers of the served model (default: as many as fit five times)"
+    )
+    parser.add_argument(
+        "--budget-seconds", type=float, default=550, help="seconds for all parts together (default: 550)"
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="as little as possible of each part")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>-<date>")
+    parser.add_argument(
+        "--output", type=Path, help="folder for the results (default: benchmarks/results/<device>-<date>)"
+    )
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         print("make gpu: torch sees no GPU; `make bench` measures what a CPU can", file=sys.stderr)

@@ -1,10 +1,10 @@
-"""What the compiler makes of the routing kernel on an H100, read from the machine code; no GPU is needed.
+"""Reads from the machine code what the compiler makes of the routing kernel for an H100; needs no GPU.
 
     python -m benchmarks.instructions [--json]
 
-Compiles ahead of time for sm_90, disassembles with the tools that Triton brings, and prints per shape:
-instructions that a warp issues per row (prefill is bound by them), registers per thread, and spills. A warp
-works on one row or several, and no row crosses a warp.
+Compiles ahead of time for sm_90, disassembles with the tools that Triton brings, and prints for each shape
+the instructions that a warp issues for a row (prefill is bound by them), registers of a thread, and spills. A
+warp works on one row or on several, and no row is shared by warps.
 """
 
 import argparse
@@ -70,7 +70,7 @@ class Code:
 
 
 def compile_case(case: Case) -> Code:
-    """Compile for sm_90 and count.
+    """Compile a case for sm_90 and count.
 
     Raises:
         RuntimeError: TRITON_INTERPRET is set, so there is no compiler.
@@ -140,7 +140,7 @@ def _cuobjdump(*arguments: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="one JSON line in place of the table")
+    parser.add_argument("--json", action="store_true", help="print one JSON line instead of the table")
     as_json = parser.parse_args().json
     rows = [asdict(case) | asdict(compile_case(case)) for case in CASES]
     if as_json:

@@ -1,11 +1,11 @@
-"""Time of the routing kernel against vLLM's op, plain torch and an empty launch, by CUDA graph replay.
+"""Times the routing kernel against vLLM's op, plain torch and an empty launch, by CUDA graph replay.
 
     python -m benchmarks.kernel                      a GPU is needed for figures that mean anything
     python -m benchmarks.kernel --device cpu --quick tries the program out
 
-Contestants alternate; the kernel against itself, captured twice, is the noise that the ratios have to be read
-with. The launch floor is an empty Triton kernel in the same harness. A second table sweeps rows per program
-and warps, by which the choice in kernels/cor_topk.py can be judged.
+The contestants alternate. The kernel is captured twice, and its ratio to itself is the noise of the other
+ratios. The launch floor is an empty Triton kernel in the same harness. A second table goes through numbers of
+rows per program and of warps, by which the choice in kernels/cor_topk.py can be judged.
 """
 
 import argparse
@@ -45,7 +45,7 @@ class Inputs:
 
 
 def contestants(inputs: Inputs) -> dict[str, Call]:
-    """What is compared, each with the same inputs and outputs of its own."""
+    """What is compared: all have the same inputs, and each has outputs of its own."""
     logits, bias, k = inputs.logits, inputs.bias, inputs.top_k
     calls: dict[str, Call] = {
         "kernel": lambda i: route(logits[i], bias, k, SCORING),
@@ -74,14 +74,14 @@ def vllm_op(inputs: Inputs) -> Call:
 
 
 def floor(programs: int) -> Call:
-    """The launch alone."""
+    """A launch that does nothing."""
     from benchmarks.common.empty_kernel import empty
 
     return lambda i: empty[(programs,)](num_warps=1)
 
 
 def measure(inputs: Inputs, rounds: int) -> dict[str, Any]:
-    """One row: microseconds (median, range) and ratios paired by round."""
+    """Measure one row of the table: microseconds (median, range) and ratios paired by round."""
     timers = {
         name: timer(call, SETS, inputs.calls, inputs.device) for name, call in contestants(inputs).items()
     }
@@ -100,7 +100,7 @@ def measure(inputs: Inputs, rounds: int) -> dict[str, Any]:
 
 
 def sweep(inputs: Inputs, rounds: int) -> dict[str, Any]:
-    """One row: microseconds for each number of rows per program and of warps."""
+    """Measure one row of the second table: microseconds for each number of rows per program and of warps."""
     from cor_vllm.kernels.cor_topk import route as launch
 
     def call(rows: int, warps: int) -> Call:
@@ -121,7 +121,7 @@ def sweep(inputs: Inputs, rounds: int) -> dict[str, Any]:
 
 
 def aims(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Kernel ≤ vLLM's op in geometric mean; within 1.5 × of the launch floor for T ≤ 256."""
+    """The aims: at most vLLM's op in geometric mean, and within 1.5 × of the launch floor for T ≤ 256."""
     against = [row["kernel / vllm"].mean for row in rows if "kernel / vllm" in row]
     if not against:
         yield aim("kernel at most vLLM's op in geometric mean", "not measured", "needs a GPU")
@@ -143,7 +143,7 @@ def aims(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def warm_clocks() -> None:
-    """An idle GPU takes a while to reach its clocks."""
+    """Keep the GPU busy: an idle one takes a while to reach its clocks."""
     x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     for _ in range(300):
         x @ x
@@ -153,7 +153,9 @@ def warm_clocks() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder for the CSV files (default: in results/)")
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], help="where it runs (default: cuda if there is one)"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="two sizes of one shape, and no sweep")
     args = parser.parse_args()
@@ -179,7 +181,7 @@ def main() -> int:
 
 
 def run_sweep(name: str, output: Path, rounds: int) -> None:
-    """The second table."""
+    """Print and write the second table."""
     rows = []
     for experts, top_k in SHAPES:
         for tokens in SWEEP_SIZES:

@@ -1,11 +1,11 @@
-"""Is the routing kernel right on this device? A table, and a non-zero exit status where something is wrong.
+"""Checks the routing kernel on this device: prints a table; the exit status is not 0 if something is wrong.
 
     python -m benchmarks.kernel_check                    on a GPU: all cases, vLLM's ops, CUDA graphs
     python -m benchmarks.kernel_check                    elsewhere: small cases in Triton's interpreter
 
-Every result is compared with the definition in float64. Its ids may be others only where the scores of the
-two experts are closer than GAP, as float32 cannot tell them apart; vLLM's ops, where the installed vLLM has
-them and they take the case, are held to the same. What needs a GPU is reported as such, not as passed.
+Every result is compared with the definition in float64. Its ids may differ only if the scores of the two
+experts are closer than GAP, because float32 cannot tell them apart. vLLM's ops are held to the same, if the
+installed vLLM has them and they take the case. What needs a GPU is reported as such, not as passed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ NOT_TAKEN = "not taken"
 
 
 def cases(small: bool) -> Iterator[Case]:
-    """The shapes of the models, and one departure from them at a time."""
+    """The shapes of the models, and cases that differ from them in one thing each."""
     shapes = ((8, 4),) if small else ((128, 8), (128, 12), (32, 4), (64, 6), (256, 8))
     sizes = (1, 5) if small else (1, 16, 256, 4096)
     for experts, top_k in shapes:
@@ -51,10 +51,10 @@ def cases(small: bool) -> Iterator[Case]:
 
 
 def vllm_op(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """vLLM's answer, or None where none of its ops takes the case.
+    """vLLM's answer, or None if none of its ops takes the case.
 
-    Its ops know no padding rows in all versions, go wrong where fewer than k experts have a score above
-    −10000 (that is their mark for a winner), and order rows that are not finite in their own way.
+    Not all versions of its ops know padding rows. They go wrong if fewer than k experts have a score above
+    −10000, which is their mark for a winner, and they order rows that are not finite in their own way.
     """
     if case.padding or case.content == "not finite" or case.bias in ("-inf", "negative"):
         return None
@@ -80,7 +80,7 @@ def vllm_op(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor] | N
 
 
 def check(case: Case, device: str) -> dict[str, Any]:
-    """One row of the table: the kernel and vLLM's op against the definition."""
+    """Make one row of the table: the kernel and vLLM's op against the definition."""
     inputs = Inputs.of(case, device)
     row = {"check": case.title(), "kernel": verdict(lambda: kernel(case, inputs), case, inputs)}
     if device == "cpu":
@@ -100,7 +100,7 @@ def verdict(answer: Any, case: Case, inputs: Inputs) -> str:
 
 
 def main() -> int:
-    """0 where every check of the kernel passed or could not be made here."""
+    """Run all checks; 0 if each check of the kernel passed or could not be made here."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder for checks.csv (default: in results/)")
     args = parser.parse_args()

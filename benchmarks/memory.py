@@ -1,16 +1,16 @@
-"""Memory of a calibration whose weights wait on disk, against one that holds them, as models grow deeper.
+"""Measures the memory of a calibration whose weights wait on disk, and of one that holds them, by depth.
 
     python -m benchmarks.memory
-    python -m benchmarks.memory --load     # what loading alone takes, against what the calibrator counts on
+    python -m benchmarks.memory --load     # memory that loading takes, next to the calibrator's estimate
 
-Each calibration is a process of its own. What is measured is anonymous memory (RssAnon, sampled), beyond what
-the process held before the model came: pages of a mapped checkpoint, which the kernel takes back when
-somebody needs them, do not count. The models are random Qwen3-MoEs; only their sizes matter. On disk:
-the calibrator is told of no free memory, by which it decides what has to wait (calibrate/model/offload.py).
+Each calibration is a process of its own. The figure is anonymous memory (RssAnon, sampled) beyond what the
+process held before it loaded the model. Pages of a mapped checkpoint do not count, because the operating
+system takes them back if they are needed. The models are random Qwen3-MoEs; only their sizes matter. To put
+weights on disk, the calibrator is told that there is no free memory (calibrate/model/offload.py).
 
---load measures the peak of loading into host memory for two widths and for checkpoints in bfloat16 and
-float32: as the calibrator loads, one weight at a time, and as transformers loads by itself, with threads that
-read ahead. `counted` is the calibrator's own figure, by which it chooses where the weights go.
+--load measures the peak of loading into host memory, for two widths and for checkpoints in bfloat16 and
+float32. It loads as the calibrator does, one weight at a time, and as transformers does by itself, with
+threads that read ahead. `counted` is the estimate by which the calibrator chooses where the weights go.
 """
 
 import argparse
@@ -65,13 +65,13 @@ def write_model(folder: Path, layers: int, width: int = WIDTH, dtype: torch.dtyp
 
 
 def anonymous_mib() -> float:
-    """Anonymous memory of this process, MiB."""
+    """The anonymous memory of this process, MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 1024
 
 
 def one(folder: Path, weights: str) -> dict[str, float]:
-    """Calibrate in this process: MiB beyond what it held before the model came, and seconds."""
+    """Calibrate in this process; returns MiB beyond what it held before it loaded the model, and seconds."""
     torch.set_num_threads(1)
     if weights == "disk":
         limits.host_limit = lambda mapped=0: limits.Limit(0, 0, "for this measurement")
@@ -109,7 +109,7 @@ def peak_mib(work: Callable[[], object]) -> float:
 
 
 def load(folder: Path, how: str) -> dict[str, float]:
-    """Load in float32 in this process, `one` weight at a time or reading `ahead`: MiB."""
+    """Load in float32 in this process, `one` weight at a time or reading `ahead`; returns MiB."""
     torch.set_num_threads(1)
     if how == "ahead":
         loading.one_weight_at_a_time = contextlib.nullcontext
@@ -122,7 +122,7 @@ def load(folder: Path, how: str) -> dict[str, float]:
 
 
 def measure_loading() -> list[dict[str, Any]]:
-    """Every checkpoint in both ways."""
+    """Load every checkpoint in both ways."""
     rows = []
     for (width, layers), dtype in itertools.product(LOADED, (torch.bfloat16, torch.float32)):
         with tempfile.TemporaryDirectory() as name:
@@ -136,7 +136,7 @@ def measure_loading() -> list[dict[str, Any]]:
 
 
 def in_a_process(*arguments: str) -> dict[str, Any]:
-    """What this program prints last when it runs by itself."""
+    """Run this program in a process of its own, and read the JSON that it prints last."""
     command = [sys.executable, "-m", "benchmarks.memory", *arguments]
     lifetime.guard()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -145,7 +145,7 @@ def in_a_process(*arguments: str) -> dict[str, Any]:
 
 
 def measure(layers: int) -> list[dict[str, Any]]:
-    """Both ways for one depth; the two files must hold the same."""
+    """Calibrate in both ways at one depth; the two files must hold the same."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder, layers)
@@ -161,7 +161,7 @@ def measure(layers: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--load", action="store_true", help="what loading takes, against what is counted")
+    parser.add_argument("--load", action="store_true", help="measure loading alone")
     for name in ("--one", "--one-load"):
         parser.add_argument(name, nargs=2, metavar=("FOLDER", "HOW"), help="used by the program itself")
     args = parser.parse_args()

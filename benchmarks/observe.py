@@ -1,10 +1,10 @@
-"""What --cor-observe costs on this machine's CPU: the same engine, counting and not counting, in turns.
+"""Measures what --cor-observe costs on this machine's CPU: one engine counts and does not count, in turns.
 
     python -m benchmarks.observe SCORES [--rounds 12]
 
-A round is one batch of prompts, then decoding, by the demo model in eager mode: a tiny model, where routing
-is a large share of the work. Not counting is measured twice per round: the ratio of those two is the noise.
-Measured is CPU time on one thread, which other work on the machine disturbs least.
+A round is one batch of prompts, then decoding, by the demo model in eager mode. In so tiny a model routing is
+a large share of the work. Each round measures not counting twice: the ratio of those two is the noise. The
+figure is CPU time on one thread, which other work on the machine disturbs least.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def seconds(llm: Any, work: str) -> float:
 
 
 def measure(llm: Any, work: str, rounds: int) -> None:
-    """Print time(counting) / time(not), and of not counting against itself.
+    """Print the ratio of time with counting to time without, and of time without to itself.
 
     Of the fastest rounds, since other work only ever adds time, and the median over rounds.
     """

@@ -1,13 +1,13 @@
-"""Speed of `vllm serve` with counterfactual routing against the stock server, measured side by side.
+"""Measures the speed of `vllm serve` with counterfactual routing against the stock server, side by side.
 
     python -m benchmarks.serving                on a CPU: the demo model, some minutes
     python -m benchmarks.serving                on a GPU: Qwen3-30B-A3B's dimensions with dummy weights
     python -m benchmarks.serving --layers 48    all its layers, two servers at a time: 139 GiB of GPU memory
 
-All servers are up at the same time and answer in turn, every other round in reverse order; the client is
-vLLM's own. Each figure is set against the stock server's of the same round, which is measured first and last:
-its second measurement against its first is the noise. Distinct experts are beside every figure, because equal
-Σ k_l is not equal time. The servers:
+All servers are up at the same time and answer in turn, every other round in reverse order. The client is
+vLLM's own. Each figure is compared with the stock server's in the same round. The stock server is measured
+first and last in a round: its second measurement against its first is the noise. Distinct experts stand next
+to every figure, because equal Σ k_l is not equal time. The servers:
 
     stock     vLLM without the plugin
     off       the plugin, λ = 0 and uniform k: vLLM's own router decides, behind ours
@@ -88,12 +88,15 @@ def _modes(file: str) -> dict[str, dict[str, Any]]:
 
 
 def kv_bytes(layers: int) -> int:
-    """Of 256 sequences of 256 tokens, some to spare: 4 key-value heads of 128 bf16 numbers, twice."""
+    """Bytes that 256 sequences of 256 tokens take in the cache, with a reserve.
+
+    A token has 4 heads of 128 keys and values in bf16 in each layer.
+    """
     return int(1.2 * 256 * 256 * layers * 2 * 4 * 128 * 2)
 
 
 def server_gib(layers: int) -> float:
-    """GPU memory of one server: weights, cache, and 4 GiB for contexts, graphs and activations."""
+    """GiB of GPU memory of one server: weights, cache, and 4 GiB for contexts, graphs and activations."""
     return dummy_models.gibibytes(layers) + kv_bytes(layers) / dummy_models.GIB + 4
 
 
@@ -118,7 +121,7 @@ Rounds = dict[int, dict[str, list[Figures]]]  # batch → contestant → one per
 
 
 def alternate(urls: dict[str, str], setting: Setting, seconds: float, most: int) -> Rounds:
-    """Whole rounds until the time is up, at least one; an unmeasured one comes before."""
+    """Measure whole rounds until the time is up, at least one; a round that does not count comes first."""
     order = [*urls, AGAIN]
     measured: Rounds = {batch: {name: [] for name in order} for batch in setting.batches}
     start = time.monotonic()
@@ -139,7 +142,7 @@ def alternate(urls: dict[str, str], setting: Setting, seconds: float, most: int)
 
 
 def rows_of(measured: Rounds, distinct: dict[str, dict[int, Any]]) -> list[dict[str, Any]]:
-    """One row per batch and contestant; `stock again` stands for the noise."""
+    """Make one row for each batch and contestant; `stock again` shows the noise."""
     rows = []
     for batch, by_name in measured.items():
         for name, figures in by_name.items():
@@ -172,7 +175,7 @@ def aims(rows: list[dict[str, Any]], gpu: bool) -> Iterator[str]:
 
 
 def distinct_experts(setting: Setting, one_by_one: bool) -> dict[str, dict[int, Any]]:
-    """Contestant → batch → what benchmarks.distinct counted; `off` routes as stock does, `torch` as full."""
+    """What benchmarks.distinct counted, by contestant and batch; `off` routes as stock, `torch` as full."""
     chosen = [c for c in setting.contestants() if c.name not in ("off", "torch")]
     running: dict[str, subprocess.Popen[str]] = {}
     found: dict[str, dict[int, Any]] = {}
@@ -189,14 +192,14 @@ def distinct_experts(setting: Setting, one_by_one: bool) -> dict[str, dict[int, 
 
 
 def groups(setting: Setting, many: int) -> list[Setting]:
-    """All contestants at once where they fit, else stock with each of the others in turn."""
+    """All contestants at once if they fit, else stock with each of the others in turn."""
     if many > len(setting.cor):
         return [setting]
     return [replace(setting, cor={name: cor}) for name, cor in setting.cor.items()]
 
 
 def run(setting: Setting, many: int, seconds: float, most: int, logs: Path) -> list[dict[str, Any]]:
-    """Start, measure, stop; the figures of every round, flat."""
+    """Start the servers, measure, and stop them; returns the figures of every round in one list."""
     parts = groups(setting, many)
     flat = []
     for number, part in enumerate(parts):
@@ -214,7 +217,7 @@ def run(setting: Setting, many: int, seconds: float, most: int, logs: Path) -> l
 
 
 def tables(flat: list[dict[str, Any]], distinct: dict[str, dict[int, Any]]) -> list[dict[str, Any]]:
-    """The rows of every pair."""
+    """The rows of the table, for every pair of servers that ran together."""
     rows = []
     for pair in dict.fromkeys(each["pair"] for each in flat):
         measured: Rounds = {}
@@ -227,15 +230,21 @@ def tables(flat: list[dict[str, Any]], distinct: dict[str, dict[int, Any]]) -> l
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
-    parser.add_argument("--layers", type=int, help="of the dummy model (default: as many as fit five times)")
-    parser.add_argument("--model", type=Path, default=DEMO, help="on a CPU (default: the demo's)")
-    parser.add_argument("--batches", type=int, nargs="+", help="default: 1 8 64 256, on a CPU 1 8 32")
     parser.add_argument(
-        "--seconds", type=float, default=300, help="for starting and measuring (default: 300)"
+        "--device", choices=["cuda", "cpu"], help="where it runs (default: cuda if there is one)"
     )
-    parser.add_argument("--rounds", type=int, default=12, help="at most (default: 12)")
-    parser.add_argument("--graphs-only", action="store_true", help="CUDA graphs without torch.compile")
+    parser.add_argument(
+        "--layers", type=int, help="layers of the dummy model (default: as many as fit five times)"
+    )
+    parser.add_argument("--model", type=Path, default=DEMO, help="the model on a CPU (default: the demo's)")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", help="batch sizes (default: 1 8 64 256, on a CPU 1 8 32)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="time to start and measure in (default: 300)"
+    )
+    parser.add_argument("--rounds", type=int, default=12, help="most rounds to measure (default: 12)")
+    parser.add_argument("--graphs-only", action="store_true", help="use CUDA graphs without torch.compile")
     parser.add_argument("--output", type=Path, help="folder for the CSV files (default: in results/)")
     args = parser.parse_args()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

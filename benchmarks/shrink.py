@@ -1,11 +1,12 @@
-"""How far CEI from a small text can be trusted: with and without --shrink; in bfloat16 instead of float32.
+"""Measures how far CEI from a small text can be trusted, with and without --shrink, also in bfloat16.
 
     python -m benchmarks.shrink --model examples/demo/model --corpus examples/demo/calibration.txt
 
-Disjoint draws of calibration text each give CEI by the sweep, raw and shrunk. Both are compared with the CEI
-of a much larger draw (Pearson, layer means removed, since a constant within a layer changes no routing) and
-by the loss on held-out positions under `expert` routing. Differences are paired: by draw for the correlation;
-for the loss by draw and, averaged over the draws, by position. The larger draw is itself noisy.
+Disjoint draws of calibration text each give CEI by the sweep, raw and shrunk. Both are correlated with the
+CEI of a much larger draw, and compared by the loss on held-out positions under `expert` routing. The
+correlation is Pearson's, with layer means removed, because a constant within a layer changes no routing.
+Differences are paired: by draw for the correlation; for the loss by draw and, averaged over the draws, by
+position. The larger draw is itself noisy.
 """
 
 import argparse
@@ -34,7 +35,7 @@ Sequences = list[list[int]]
 
 @dataclass(frozen=True, eq=False)
 class Cei:
-    """Normalised CEI of one draw, [M, N] each."""
+    """The normalised CEI of one draw, [M, N] each."""
 
     raw: torch.Tensor
     shrunk: torch.Tensor
@@ -56,13 +57,13 @@ def calibrate(model: MoeModel, sequences: Sequences) -> Cei:
 
 
 def correlation(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Pearson over [M, N], layer means removed."""
+    """Pearson correlation over [M, N], with layer means removed."""
     first, second = ((x - x.mean(dim=1, keepdim=True)).double().flatten() for x in (one, other))
     return (first @ second / (first.norm() * second.norm())).item()
 
 
 def rank_correlation(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Spearman within each layer of [M, N], averaged over the layers; equal values rank in order."""
+    """Spearman correlation within each layer of [M, N], averaged over layers; equal values rank in order."""
     ranks = [values.argsort(dim=1).argsort(dim=1).float() for values in (one, other)]
     return correlation(*ranks)
 
@@ -128,8 +129,8 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=1000, help="positions of a draw")
     parser.add_argument("--reference", type=int, default=20_000, help="positions of the large draw")
-    parser.add_argument("--heldout", type=int, default=4000, help="positions")
-    parser.add_argument("--bfloat16", action="store_true", help="also in bfloat16, slow on most CPUs")
+    parser.add_argument("--heldout", type=int, default=4000, help="held-out positions")
+    parser.add_argument("--bfloat16", action="store_true", help="measure in bfloat16, too; slow on most CPUs")
     args = parser.parse_args()
     model = load_model(args.model, "float32", None)
     half = load_model(args.model, "bfloat16", None) if args.bfloat16 else None

@@ -21,7 +21,7 @@ command -v "$python" >/dev/null || { echo "make gpu: no $python here; PYTHON=…
 "$python" -c 'import vllm' 2>/dev/null \
     || { echo "make gpu: $python has no vLLM: activate an environment that has (pip install 'cor-vllm[gpu]')"; exit 1; }
 
-# vLLM finds the plugin by its entry point. Where the package is not installed, a folder with its metadata
+# vLLM finds the plugin by its entry point. If the package is not installed, a folder with its metadata
 # stands for it: nothing is built or fetched, and the checkout itself is what runs.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 if ! "$python" -c 'import importlib.metadata as m; m.version("cor-vllm")' 2>/dev/null; then

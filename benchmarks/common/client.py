@@ -1,4 +1,4 @@
-"""The client's side: vLLM's own serving benchmark, as `vllm bench serve` runs it, in this process."""
+"""Runs vLLM's own serving benchmark in this process, as `vllm bench serve` runs it."""
 
 import argparse
 import asyncio
@@ -25,12 +25,12 @@ serve.get_tokenizer = functools.cache(get_tokenizer)
 
 
 class ClientFailed(RuntimeError):
-    """Requests that were not answered."""
+    """Some requests were not answered."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """`batch` requests at once, `waves` times, of fixed lengths in tokens."""
+    """What is asked for: `batch` requests at once, `waves` times; lengths are in tokens."""
 
     model: Path
     batch: int
@@ -39,7 +39,7 @@ class Load:
     output_len: int
 
     def arguments(self, url: str) -> argparse.Namespace:
-        """Of `vllm bench serve`; the seed is fixed, so every server gets the same prompts."""
+        """Arguments of `vllm bench serve`; the seed is fixed, so that every server gets the same prompts."""
         parser = FlexibleArgumentParser()
         serve.add_cli_args(parser)
         options: Sequence[object] = (
@@ -63,7 +63,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one measurement of one server gave."""
+    """The results of one measurement of one server."""
 
     tokens_per_second: float
     ttft: float  # median, ms

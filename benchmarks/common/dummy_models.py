@@ -1,4 +1,4 @@
-"""Models of the published dimensions without their weights: a configuration and a made-up tokenizer."""
+"""Writes models of the published dimensions without weights: a configuration and a made-up tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def write(family: str, folder: Path, layers: int, **overrides: Any) -> Path:
 
 
 def write_scores(folder: Path, k: list[int] | None, file: Path) -> Path:
-    """A scores file for the model in `folder`: k_l by MoE layer, CEI with a long tail."""
+    """Write a scores file for the model in `folder`: `k` is k_l of each MoE layer; CEI has a long tail."""
     layers, experts = make_scores.make(folder).cei.shape
     cei = torch.rand(layers, experts, generator=torch.Generator().manual_seed(0)) ** 4
     scores.save(file, make_scores.make(folder, k=k, cei=cei))
@@ -72,7 +72,7 @@ def write_scores(folder: Path, k: list[int] | None, file: Path) -> Path:
 
 
 def uneven(layers: int, top_k: int, low: int, high: int) -> list[int]:
-    """k_l from `low` to `high` with the model's own sum, in no order of depth."""
+    """k_l from `low` to `high` with the model's own sum, not in the order of depth."""
     order = torch.randperm(layers, generator=torch.Generator().manual_seed(0)).tolist()
     steps = max(layers - 1, 1)
     intensity = [float(2 ** (4 * place / steps)) for place in order]
@@ -80,7 +80,7 @@ def uneven(layers: int, top_k: int, low: int, high: int) -> list[int]:
 
 
 def gibibytes(layers: int) -> float:
-    """Weights of a Qwen3-30B-A3B of so many layers, bf16."""
+    """GiB of weights of a Qwen3-30B-A3B of so many layers in bf16."""
     values = _FAMILIES["qwen3-30b-a3b"][2]
     hidden, heads = values["hidden_size"], values["num_attention_heads"] + values["num_key_value_heads"]
     experts = 3 * values["num_experts"] * hidden * values["moe_intermediate_size"]

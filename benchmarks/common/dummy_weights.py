@@ -1,9 +1,9 @@
 """A worker extension for `vllm serve --load-format dummy`: random weights under which routing looks real.
 
-vLLM's own dummy weights are within ±0.001 throughout, norms included, so that all router probabilities are
-equal in all but the last bits: λ·CEI alone would then decide, and every token would take the same experts.
-Here a layer keeps the scale of what goes through it, and router logits have a standard deviation of 2. Equal
-names get equal weights in every process.
+vLLM's own dummy weights are all within ±0.001, norms included. All router probabilities are then equal up to
+their last bits, so λ·CEI alone would decide, and every token would take the same experts. With the weights of
+this module a layer keeps the scale of what goes through it, and router logits have a standard deviation of 2.
+Equal names get equal weights in every process.
 """
 
 import zlib
@@ -20,13 +20,13 @@ class DummyWeights:
 
 
 def load_weights(self: DummyModelLoader, model: nn.Module, model_config: object) -> None:
-    """In place of DummyModelLoader.load_weights."""
+    """Takes the place of DummyModelLoader.load_weights."""
     for name, parameter in model.named_parameters():
         fill(name, parameter.data)
 
 
 def fill(name: str, tensor: torch.Tensor) -> None:
-    """Seeded by name."""
+    """Fill a weight with random values, seeded by its name."""
     generator = torch.Generator(device=tensor.device).manual_seed(zlib.crc32(name.encode()))
     if tensor.dtype == torch.uint8:
         if "scale" in name:

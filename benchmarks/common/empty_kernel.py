@@ -1,4 +1,4 @@
-"""A Triton kernel that does nothing: what a launch takes."""
+"""A Triton kernel that does nothing, by which the time of a launch is measured."""
 
 import triton
 

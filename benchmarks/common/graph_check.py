@@ -1,4 +1,4 @@
-"""Checks of the routing kernel that only a GPU can make: CUDA graphs, and when Triton compiles."""
+"""Checks of the routing kernel that need a GPU: CUDA graphs, and when Triton compiles."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from benchmarks.common.routing_cases import NEEDS_GPU, PASSED, Case, Inputs, dif
 
 
 def run(device: str) -> Iterator[tuple[str, str]]:
-    """Name and result of each check."""
+    """Run each check; yields its name and result."""
     checks: dict[str, Callable[[], str]] = {
         "k = 1 … 16 in one captured graph": all_k_in_one_graph,
         "bias changed in place between replays": bias_in_place,
@@ -22,7 +22,7 @@ def run(device: str) -> Iterator[tuple[str, str]]:
 
 
 def all_k_in_one_graph() -> str:
-    """A model's layers in one graph, each with another k; the replay must follow new logits."""
+    """Capture a model's layers, each with another k, in one graph; a replay must follow new logits."""
     graph_cases = [Case(64, 128, k) for k in range(1, 17)]
     inputs = Inputs.of(graph_cases[0], "cuda")
     results: list[Any] = []
@@ -42,7 +42,7 @@ def all_k_in_one_graph() -> str:
 
 
 def bias_in_place() -> str:
-    """λ·CEI lives in a buffer that a graph reads at every replay: another λ must change the selection."""
+    """λ·CEI is in a buffer that a graph reads at every replay, so another λ must change the selection."""
     case = Case(256, 128, 8)
     inputs = Inputs.of(case, "cuda")
     assert inputs.bias is not None
@@ -64,7 +64,7 @@ def bias_in_place() -> str:
 
 
 def no_recompilation() -> str:
-    """Serving meets every T; a compilation would stall it for a second."""
+    """Servers meet every T, and a compilation would stop them for a second."""
     for tokens in (1, 1000):
         kernel(Case(tokens, 128, 8), Inputs.of(Case(tokens, 128, 8), "cuda"))
     with compilations() as compiled:

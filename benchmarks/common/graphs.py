@@ -18,7 +18,7 @@ class Timer(Protocol):
 
 
 def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Record `work` as a graph; it runs twice before, so that nothing is compiled in the capture."""
+    """Record `work` as a graph. It runs twice before, so that nothing is compiled during the capture."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -55,7 +55,7 @@ class GraphTimer:
 
 
 class LoopTimer:
-    """The same without a GPU, for trying out a program: its times mean little."""
+    """Times calls in a loop, without a GPU, to try out a program; its times mean little."""
 
     def __init__(self, call: Call, sets: int, calls: int) -> None:
         self.call, self.sets, self.calls = call, sets, calls
@@ -73,7 +73,7 @@ def timer(call: Call, sets: int, calls: int, device: str) -> Timer:
 
 
 def alternate(timers: dict[str, Timer], rounds: int) -> dict[str, list[float]]:
-    """Seconds per call by round; every other round goes backwards."""
+    """Measure seconds per call in each round; every other round goes backwards."""
     measured: dict[str, list[float]] = {name: [] for name in timers}
     names: Sequence[str] = list(timers)
     for number in range(rounds):

@@ -1,11 +1,11 @@
-"""Ratios measured side by side, with the interval that their rounds leave open."""
+"""Ratios of things measured side by side, with a confidence interval over the rounds."""
 
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# 97.5 % quantiles of Student's t by degrees of freedom; from 30 on the last one serves, 2 % wide.
+# 97.5 % quantiles of Student's t by degrees of freedom. From 30 on the last one is used, 2 % too wide.
 _T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
       2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
       2.042)  # fmt: skip
@@ -32,7 +32,7 @@ class Ratio:
 
 
 def paired(values: Sequence[float], base: Sequence[float]) -> Ratio:
-    """values[r] / base[r] over rounds r, both measured in the same round.
+    """The ratio values[r] / base[r] over rounds r; both are measured in the same round.
 
     Raises:
         ValueError: no rounds, or a figure that is not positive.
@@ -48,7 +48,7 @@ def paired(values: Sequence[float], base: Sequence[float]) -> Ratio:
 
 
 def at_least(ratio: Ratio, bound: float) -> str:
-    """Does the interval say that the ratio reaches `bound`? "met", "missed", or "undecided" where it may."""
+    """Whether the interval shows that the ratio reaches `bound`: "met", "missed", or "undecided"."""
     if ratio.low >= bound:
         return "met"
     return "missed" if ratio.high < bound else "undecided"

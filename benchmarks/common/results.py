@@ -1,4 +1,4 @@
-"""What every benchmark writes in one way: CSV rows with device, versions and date, and tables in Markdown."""
+"""Writes the results of all benchmarks: CSV rows with device, versions and date, and Markdown tables."""
 
 import csv
 import os
@@ -19,10 +19,10 @@ def write_rows(name: str, rows: Sequence[Mapping[str, Any]], device: str, folder
     """Write rows as CSV, each with where and when it was measured.
 
     Args:
-        name: of the table.
-        rows: columns may differ between rows; a column of their own wins over one of `where`.
-        device: what was measured, `device_name()`.
-        folder: for `<name>.csv`; where None, `benchmarks/results/<name>-<date>.csv`.
+        name: the table's name.
+        rows: columns may differ between rows; a row's own column wins over one that `where` adds.
+        device: what was measured, as `device_name()` gives it.
+        folder: the folder of `<name>.csv`; if None, the file is `benchmarks/results/<name>-<date>.csv`.
 
     Returns:
         The file.
@@ -40,13 +40,13 @@ def write_rows(name: str, rows: Sequence[Mapping[str, Any]], device: str, folder
 
 
 def run_folder(kind: str) -> Path:
-    """benchmarks/results/<device>-<date>, for a program that writes several tables."""
+    """The folder benchmarks/results/<device>-<date>, for a program that writes several tables."""
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(kind).lower()).strip("-")
     return RESULTS / f"{slug}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
 def where(device: str, now: datetime) -> dict[str, Any]:
-    """Device, cores, load and versions."""
+    """The columns that every row gets: date, device, cores, load and versions."""
     return {
         "date": now.isoformat(timespec="seconds"),
         "device": device,
@@ -69,7 +69,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name(kind: str) -> str:
-    """The GPU for "cuda", else the processor as Linux names it."""
+    """The name of the GPU for "cuda", else of the processor, as Linux gives it."""
     if kind == "cuda":
         return torch.cuda.get_device_name()
     path = Path("/proc/cpuinfo")
@@ -93,7 +93,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def text(value: Any) -> str:
-    """A cell: floats with four significant digits, None empty."""
+    """Write a cell: floats with four significant digits, None as an empty text."""
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""One case of the routing step: its inputs, its definition in float64, and what differs from that."""
+"""Cases of the routing step: inputs, the definition in float64, and how a result differs from it."""
 
 from dataclasses import dataclass, replace
 
@@ -37,7 +37,7 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """[T, N] logits, [N] bias or None, [T] padding rows or None, by a seed."""
+    """Logits [T, N], bias [N] or None, and padding rows [T] or None; a seed makes them."""
 
     logits: torch.Tensor
     bias: torch.Tensor | None
@@ -65,7 +65,7 @@ class Inputs:
 
 
 def _spoil(logits: torch.Tensor) -> None:
-    """Rows all NaN, +inf or −inf, rows partly so, and one far beyond what exp() takes."""
+    """Make rows that are all NaN, +inf or −inf, rows that partly are, and one far beyond what exp() takes."""
     for row, value in enumerate((torch.nan, torch.inf, -torch.inf)):
         logits[row] = value
         logits[row + 3, 1::2] = value
@@ -89,7 +89,7 @@ def define(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def difference(case: Case, inputs: Inputs, weights: torch.Tensor, ids: torch.Tensor) -> str:
-    """What is wrong with a result, or ""."""
+    """Say what is wrong with a result; "" if nothing is."""
     weights, ids = weights.cpu().double(), ids.cpu().long()
     if inputs.padding is not None:
         padding = inputs.padding.cpu()

@@ -1,4 +1,4 @@
-"""The servers that benchmarks/serving.py compares, and the engines that count their experts."""
+"""Starts the servers that benchmarks/serving.py compares, and the engines that count their experts."""
 
 import contextlib
 import itertools
@@ -24,10 +24,10 @@ PLAIN_TORCH = "benchmark: plain torch routes"  # in the log of a server with TOR
 
 @dataclass(frozen=True)
 class Contestant:
-    """A server by its role in the comparison."""
+    """A server, named by its role in the comparison."""
 
     name: str
-    extension: str | None  # worker extension
+    extension: str | None  # class path of a worker extension
     cor: dict[str, Any] | None = None  # additional_config["cor"]; None: vLLM without the plugin
 
     def flags(self) -> list[str]:
@@ -36,7 +36,7 @@ class Contestant:
         return extension + additional
 
     def env(self) -> dict[str, str]:
-        """Worker extensions are found from the repository's root; stock loads no plugin at all."""
+        """The server's environment: worker extensions are found from the root; stock loads no plugin."""
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = environment(PYTHONPATH=os.pathsep.join(paths))
         ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_PLUGINS", "TRITON_INTERPRET")
@@ -46,18 +46,18 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is served and asked for."""
+    """What is served, and what is asked of it."""
 
     model: Path
-    flags: tuple[str, ...]  # of every server
-    cor: dict[str, dict[str, Any]]  # contestant → additional_config["cor"]; stock has none
+    flags: tuple[str, ...]  # flags of every server
+    cor: dict[str, dict[str, Any]]  # by contestant, additional_config["cor"]; stock has none
     plain_torch: str | None  # worker extension of the contestant "torch"
     dummy_weights: str | None  # worker extension of all others
     batches: tuple[int, ...]
     input_len: int
     output_len: int
     pause: float = 0.0  # seconds between two measurements
-    env: tuple[tuple[str, str], ...] = ()  # of every server, beside the usual
+    env: tuple[tuple[str, str], ...] = ()  # additional environment of every server
 
     def contestants(self) -> list[Contestant]:
         return [
@@ -71,10 +71,10 @@ class Setting:
 
 @contextlib.contextmanager
 def running(contestants: Sequence[Contestant], setting: Setting, logs: Path) -> Iterator[dict[str, str]]:
-    """All servers, started and stopped side by side: name → URL.
+    """Start all servers side by side, yield their URLs by name, and stop them.
 
     Raises:
-        ServerFailed: one did not start, or does not route as it should.
+        ServerFailed: a server did not start, or does not route as it should.
     """
     stop = threading.Event()
 
@@ -102,12 +102,12 @@ def running(contestants: Sequence[Contestant], setting: Setting, logs: Path) -> 
 
 
 def _leave(context: contextlib.AbstractContextManager[str], start: Future[str]) -> None:
-    if start.exception() is None:  # else it has stopped itself
+    if start.exception() is None:  # if there was one, the server has stopped already
         context.__exit__(None, None, None)
 
 
 def _check_log(contestant: Contestant, log: Path) -> None:
-    """A server that does not run what its name says would make the comparison worthless."""
+    """Refuse a server that does not run what its name says: the comparison would be worthless."""
     text = log.read_text(errors="replace")
     routed, plain = "CoR: " in text, PLAIN_TORCH in text
     if routed != (contestant.cor is not None) or plain != (contestant.name == "torch"):
@@ -118,7 +118,7 @@ def _check_log(contestant: Contestant, log: Path) -> None:
 
 
 def count_experts(contestant: Contestant, setting: Setting) -> "subprocess.Popen[str]":
-    """benchmarks.distinct on the same model, prompts and routing, as a process of its own."""
+    """Start benchmarks.distinct on the same model, prompts and routing, as a process of its own."""
     engine = {"model": str(setting.model), **keywords(setting.flags)}
     if contestant.extension:
         engine["worker_extension_cls"] = contestant.extension
@@ -132,7 +132,7 @@ def count_experts(contestant: Contestant, setting: Setting) -> "subprocess.Popen
 
 
 def keywords(flags: Sequence[str]) -> dict[str, Any]:
-    """The flags that an eager engine needs too, as arguments of vllm.LLM."""
+    """The flags that an eager engine needs, too, as arguments of vllm.LLM."""
     wanted = {"--dtype": str, "--load-format": str, "--max-model-len": int, "--max-num-seqs": int,
               "--kv-cache-memory-bytes": int, "--gpu-memory-utilization": float}  # fmt: skip
     return {

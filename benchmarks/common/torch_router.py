@@ -1,4 +1,4 @@
-"""A worker extension that routes with plain torch in place of the Triton kernel: what is the kernel worth?
+"""A worker extension that routes with plain torch instead of the Triton kernel, to measure its worth.
 
 vLLM imports a worker extension before the worker builds its model, so before any layer routes.
 """
