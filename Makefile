@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 INDEX := $(if $(COR_TORCH_INDEX),--extra-index-url $(COR_TORCH_INDEX))
 
-.PHONY: install demo test test-newest check docs bench gpu lock clean
+.PHONY: install wheel demo test test-newest check docs bench gpu lock clean
 
 install: $(STAMP)
 
@@ -22,6 +22,12 @@ $(STAMP): requirements-cpu.lock pyproject.toml tools/vllm-cpu-shim/pyproject.tom
 	@$(PIP) install --quiet --no-deps --no-build-isolation ./tools/vllm-cpu-shim
 	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
+
+# The package as one file in dist/, to be installed with pip elsewhere. It needs no environment of ours.
+wheel:
+	@rm -rf build # modules that no longer exist would come along
+	@python3 -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/cor_vllm-*.whl
 
 demo: $(STAMP)
 	@$(PYTHON) examples/demo/run.py
