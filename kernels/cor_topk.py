@@ -135,7 +135,7 @@ def cor_topk_kernel(
     stride,
     scale,
     N: tl.constexpr,
-    G: tl.constexpr,  # groups of experts, 1 where the model has none
+    G: tl.constexpr,  # groups of experts, 1 if the model has none
     GROUPS: tl.constexpr,  # G and
     WIDTH: tl.constexpr,  # N / G, rounded up to powers of two
     KEPT: tl.constexpr,  # groups that are kept

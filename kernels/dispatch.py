@@ -44,7 +44,7 @@ def cor_topk(
 
     Returns:
         topk_weights [T, top_k] float32, topk_ids [T, top_k], both by descending score. The ids of a row
-        that is no padding are distinct and in [0, N) for any bits in the input.
+        that is not padding are distinct and in [0, N) for any bits in the input.
 
     Raises:
         ValueError: a shape, dtype, device, stride or option that the routing step does not take.

@@ -51,7 +51,7 @@ def route(
 
     Returns:
         topk_weights [T, top_k] float32 and topk_ids [T, top_k], both by descending score. For any bits in
-        the input the ids of a row that is no padding are distinct and in [0, N).
+        the input the ids of a row that is not padding are distinct and in [0, N).
 
     Source: paper Eq. 9.
     """

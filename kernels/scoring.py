@@ -77,7 +77,7 @@ class Scoring:
 
         Args:
             bias: [N] or [T, N] float32 on `device`, or None.
-            device: where the sum is wanted; None: where the correction bias is.
+            device: of the result; None: that of the correction bias.
 
         Returns:
             Like `bias`, or [N] float32 without one; None if neither exists. It may be the model's own tensor,

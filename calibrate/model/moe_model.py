@@ -67,7 +67,7 @@ class MoeModel:
 
     @property
     def device(self) -> torch.device:
-        """Where input ids have to be."""
+        """The device that input ids have to be on."""
         return execution_device(self.model.get_input_embeddings())
 
     @property
@@ -182,7 +182,7 @@ def _widen(values: torch.Tensor, width: int) -> torch.Tensor:
 
 def _scale(factor: float, rows: torch.Tensor | None) -> Callable[..., object]:
     def hook(module: nn.Module, args: object, output: Any) -> object:
-        # The GPT-OSS block returns its router scores beside the hidden states.
+        # The GPT-OSS block returns its router scores next to the hidden states.
         hidden = output[0] if isinstance(output, tuple) else output
         scaled = hidden * factor
         if rows is not None:

@@ -60,17 +60,17 @@ class Router:
     def without(self, experts: torch.Tensor, ablation: str) -> Rule:
         """Routing with one expert e per token taken away (Eq. 5).
 
-        g̃ is g without e. Of a softmax: e set to 0 and the rest divided by 1 − g_e, which is the softmax over
-        the other experts; taking it from the logits keeps it exact where g_e is close to 1. Of a sigmoid,
-        which has no simplex: e set to 0 and the others as they are.
+        g̃ is g without e. For a softmax, e is set to 0 and the rest is divided by 1 − g_e, which is
+        the softmax over the other experts; taking it from the logits keeps it exact if g_e is close to 1. A
+        sigmoid's values do not sum to 1: e is set to 0, and the others stay as they are.
 
         Args:
             experts: [T] integer, the expert that token loses.
             ablation: `backfill`: e's score is −inf, for its group's score too, and the weights are those of
                 g̃, so the next-best expert moves up. `drop`: the active experts stay, and e's weight goes to
-                the others. Where the model renormalises, these are the weights of g̃ over them; where it does
+                the others. If the model renormalises, these are the weights of g̃ over them; if it does
                 not, a softmax router's are g̃ (divided by 1 − g_e), and a sigmoid router's are scaled up to
-                the sum that they had with e. Where e was not active nothing changes. With a single active
+                the sum that they had with e. If e was not active, nothing changes. With a single active
                 expert the token gets no routed expert.
         """
 

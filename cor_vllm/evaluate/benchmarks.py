@@ -140,7 +140,7 @@ def load_task(benchmark: Benchmark, data: Path | None) -> dict[str, Any]:
 
     Args:
         benchmark: which.
-        data: a folder that mirrors the hub, `<data>/<dataset id>/…`, used where it holds the data set; None:
+        data: a folder that mirrors the hub, `<data>/<dataset id>/…`, used if it holds the data set; None:
             the hub.
 
     Raises:

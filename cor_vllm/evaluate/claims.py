@@ -21,12 +21,12 @@ class Claim:
     """What a row says of its routing."""
 
     options: dict[str, Any] | None  # `additional_config["cor"]` less `scores`; None: no plugin
-    scores: Scores | None = None  # None: any file, with its own λ where `options` have none
+    scores: Scores | None = None  # None: any file, with its own λ if `options` have none
     sha256: str | None = None  # of the scores file
 
 
 def state_of(answer: Any, where: str) -> State | None:
-    """What `GET /v1/cor` answered; None where the server has no such endpoint.
+    """What `GET /v1/cor` answered; None if the server has no such endpoint.
 
     Raises:
         EvaluationError: it is not an answer of this plugin.
@@ -84,7 +84,7 @@ def check(where: str, name: str, claim: Claim, state: State | None) -> None:
 
 
 def differences(claim: Claim, state: State | None) -> list[str]:
-    """What a server says otherwise than the row claims; empty where they agree."""
+    """What a server says otherwise than the row claims; empty if they agree."""
     if claim.options is None:
         return [] if state is None else ["the row stands for a server without the plugin's routing"]
     if state is None:

@@ -27,7 +27,7 @@ class Cell:
 
     found: Difference
     corrected: float | None  # p, for the number of comparisons in the table; None: not one of these
-    noise: float  # |A/A difference| on this benchmark; 0 where there is no repeat
+    noise: float  # |A/A difference| on this benchmark; 0 if there is no repeat
 
     @property
     def is_noise(self) -> bool:
@@ -118,7 +118,7 @@ def _values(run: Run, quantity: str) -> dict[str, dict[str, float]]:
 
 
 def _repeat(runs: Sequence[Run], quantity: str) -> dict[str, float]:
-    """Benchmark → how far standard is from its own repeat; empty where one of them is missing."""
+    """Benchmark → how far standard is from its own repeat; empty if one of them is missing."""
     values = {run.condition: _values(run, quantity) for run in runs if run.condition in (STANDARD, AGAIN)}
     first, second = values.get(STANDARD, {}), values.get(AGAIN, {})
     return {name: abs(mean(second[name]) - mean(first[name])) for name in first.keys() & second.keys()}

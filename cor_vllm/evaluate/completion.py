@@ -86,7 +86,7 @@ def complete(
     console: Console,
     unchanged: Callable[[], None] = lambda: None,
 ) -> Run:
-    """Fill a run with the benchmarks that it lacks; the model is opened only where there are any.
+    """Fill a run with the benchmarks that it lacks; the model is opened only if there are any.
 
     Args:
         options: what to do.
@@ -94,7 +94,7 @@ def complete(
         run: fresh; an earlier one of the same key is gone on with.
         open_model: gives the harness's model and the notes on it.
         console: where progress goes.
-        unchanged: raises where the model is by now another one than it was; called before results are kept.
+        unchanged: raises if the model has become another one; called before results are kept.
 
     Raises:
         EvaluationError: it cannot be measured.

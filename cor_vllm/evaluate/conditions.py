@@ -127,7 +127,7 @@ def table(sources: Sources, lam: float, permutations: int = PERMUTATIONS) -> lis
 
     Args:
         sources: the scores files.
-        lam: λ where a condition does not set its own.
+        lam: λ of the conditions that do not set their own.
         permutations: of the CEI of each file.
     """
     main = sources[""]

@@ -25,7 +25,7 @@ from cor_vllm.serve.config import RoutingOptions, disabled, plan
 
 
 def check_enabled(conditions: list[Condition]) -> None:
-    """Refuse to call a row counterfactual routing where the plugin is switched off.
+    """Refuse to call a row counterfactual routing if the plugin is switched off.
 
     Raises:
         EvaluationError: COR_DISABLE is set.
@@ -137,7 +137,7 @@ def check_routing(lm: Any, name: str, claim: Claim) -> None:
 def _served(
     options: EvaluateOptions, sources: Sources, condition: Condition
 ) -> tuple[dict[str, Any] | None, Claim]:
-    """`additional_config["cor"]`, with the condition's own scores file where it changes the scores."""
+    """`additional_config["cor"]`, with the condition's own scores file if it changes the scores."""
     if condition.options is None:
         return None, Claim(None)
     path, scores = scores_path(options, condition), sources[condition.source]

@@ -164,7 +164,7 @@ def server_model(model: str, url: str, served_name: str, batch_size: int, limit:
 
 @contextmanager
 def _answered(url: str) -> Iterator[None]:
-    """EvaluationError where a server does not answer, or with something else."""
+    """EvaluationError if a server does not answer, or with something else."""
     from aiohttp import ClientError
 
     _refusals.last = ""
@@ -181,7 +181,7 @@ def _answered(url: str) -> Iterator[None]:
 
 
 def canary(lm: Any, where: str) -> None:
-    """Check that log-likelihoods come back; where they do not, every benchmark would score chance.
+    """Check that log-likelihoods come back; if they do not, every benchmark would score chance.
 
     Raises:
         EvaluationError: they are missing, zero, or the same whatever is asked.

@@ -59,7 +59,7 @@ class Interventions:
         return routed(self.model, scores, options, thresholds)
 
     def gated_by_output(self, found: RoutedCondition) -> Call:
-        """A forward that follows the rules only where the model's own output is uncertain."""
+        """A forward that follows the rules only for tokens of which the model's own output is uncertain."""
         return gated_by_output(
             self.model, found.rules, self.gates.output, lambda ids: self.model.model(ids).logits
         )

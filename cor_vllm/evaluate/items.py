@@ -42,7 +42,7 @@ def read_items(
 
 
 def _likelihoods(row: dict[str, Any]) -> np.ndarray | None:
-    """[choices] log-likelihoods, nats; None where the item is no choice among answers."""
+    """[choices] log-likelihoods, nats; None if the item is not a choice among answers."""
     responses = row["filtered_resps"]
     if len(responses) < 2 or not all(isinstance(r, Sequence) and len(r) == 2 for r in responses):
         return None
@@ -64,7 +64,7 @@ def _gold_and_margin(likelihoods: np.ndarray, right: list[int]) -> dict[str, flo
 
 
 def chance(benchmark: Benchmark, samples: dict[str, list[dict[str, Any]]]) -> float | None:
-    """The mean score of guessing, 0 to 1; None where the benchmark is no choice among answers."""
+    """The mean score of guessing, 0 to 1; None if the benchmark is not a choice among answers."""
     shares = []
     for task, rows in samples.items():
         for row in rows:

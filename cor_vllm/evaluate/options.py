@@ -15,7 +15,7 @@ FLAGS = {
     "lambda_": "cor-lambda",
     "scores": "cor-scores",
     "servers": "server",
-}  # where it is not the field
+}  # if it is not the field
 
 
 class EvaluateOptions(BaseModel):

@@ -1,6 +1,6 @@
 """What the paper reports, in percent (arXiv 2604.14246, version of April 2026): Tables 1, 2, 3, 4 and 6.
 
-Its numbers as they are printed there, also where its own arithmetic does not hold; docs/reproduction.md names
+Its numbers as they are printed there, even if its own arithmetic does not hold; docs/reproduction.md names
 those cells. Table 5 is answers in words, and the values of Figures 4 to 6 are in the pictures alone.
 """
 
@@ -24,7 +24,7 @@ MEANS = {"truthfulqa_mean": TRUTHFULQA, "factor_mean": FACTOR}
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: percentages in the order of its columns, and their mean where it is printed."""
+    """One line of a table: percentages in the order of its columns, and their mean if it is printed."""
 
     cells: tuple[float, ...]
     average: float | None = None
@@ -107,7 +107,7 @@ TABLES: dict[int, Table] = {
 
 
 def of(model: str, condition: str) -> dict[str, float]:
-    """What the paper prints for a model under a condition: benchmark → percent; empty where it has nothing.
+    """What the paper prints for a model under a condition: benchmark → percent; empty if it has nothing.
 
     Args:
         model: a hub id or a folder. Its last part must be the name of a model of the paper, in upper or lower

@@ -23,7 +23,7 @@ def pareto(runs: Sequence[Run], folder: Path) -> list[Path]:
         folder: where `pareto.png` and `pareto.svg` go.
 
     Returns:
-        The files; none where fewer than two runs know their activations.
+        The files; none if fewer than two runs know their activations.
     """
     if sum(run.activations is not None for run in runs) < 2:
         return []

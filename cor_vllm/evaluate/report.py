@@ -171,7 +171,7 @@ def _value(
 
 
 def _permuted(rows: Sequence[Run]) -> list[str]:
-    """Each condition less its own permutations; nothing where there are none."""
+    """Each condition less its own permutations; nothing if there are none."""
     found = {quantity: comparisons.against_permuted(rows, quantity) for quantity in QUANTITIES}
     controlled = {key for each in found.values() for key in each}
     shown = []
@@ -194,7 +194,7 @@ def _permuted(rows: Sequence[Run]) -> list[str]:
 
 
 def _ranks(runs: Sequence[Run], draws: Sequence[str] | None, controls: str | None) -> list[str]:
-    """Draws of calibrations against permutations; nothing where there are not several of both."""
+    """Draws of calibrations against permutations; nothing if there are not several of both."""
     parts = []
     for title, (ours, theirs) in comparisons.samples(runs, draws, controls).items():
         lines = [_rank(found) for found in comparisons.ranks(runs, ours, theirs)]

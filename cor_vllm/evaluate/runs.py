@@ -73,7 +73,7 @@ def save(folder: Path, run: Run) -> None:
 
 
 def load(path: Path) -> Run:
-    """Read a run; EvaluationError where the file is not one."""
+    """Read a run; EvaluationError if the file is not one."""
     try:
         return Run.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, OSError, UnicodeDecodeError) as error:

@@ -69,7 +69,7 @@ def base_of(name: str, url: str) -> str:
         )
     try:
         parts = urlsplit(url)
-        port_is_one = parts.port != 0  # ValueError where it is not a port
+        port_is_one = parts.port != 0  # ValueError if it is not a port
     except ValueError:
         parts, port_is_one = urlsplit(""), False
     if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_one:
@@ -144,7 +144,7 @@ def _last(name: str) -> str:
 
 
 def _get(base: str, what: str, where: str, body: Any = None) -> Any:
-    """The JSON of BASE/v1/WHAT; None where there is no such path.
+    """The JSON of BASE/v1/WHAT; None if there is no such path.
 
     Raises:
         EvaluationError: the server does not answer, or not so.

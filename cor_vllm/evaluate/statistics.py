@@ -25,7 +25,7 @@ class Difference:
 def compare(condition: Mapping[str, float], reference: Mapping[str, float], seed: int = 0) -> Difference:
     """Paired comparison of one benchmark's items.
 
-    The interval is a percentile bootstrap over items. p is McNemar's exact test where every score is 0 or 1,
+    The interval is a percentile bootstrap over items. p is McNemar's exact test if every score is 0 or 1,
     else the share of random sign flips of the differences with a mean as far from 0.
 
     Args:

@@ -22,7 +22,7 @@ from cor_vllm.serve.compat import AlwaysAsked
 class CorRouter(AlwaysAsked, BaseRouter):
     """Routes one MoE layer by counterfactual routing.
 
-    It stands in front of the router that vLLM would have used (`stock`, built with this layer's k_l). Where
+    It stands in front of the router that vLLM would have used (`stock`, built with this layer's k_l). If
     the score is the model's own, the stock router decides: with k_l = top_k the server is then bit-identical
     to one without the plugin, on every platform.
 
@@ -161,7 +161,7 @@ class CorRouter(AlwaysAsked, BaseRouter):
         return route(router_logits, self.bias, self.top_k, self.scoring, **rows)
 
     def _padding(self, tokens: int) -> torch.Tensor | None:
-        """[tokens] bool, the rows to mark as padding; None where vLLM marks none."""
+        """[tokens] bool, the rows to mark as padding; None if vLLM marks none."""
         marked = self.marks_padding and envs.VLLM_MOE_SKIP_PADDING
         return self._rows_without_token(tokens) if marked else None
 

@@ -34,7 +34,7 @@ def verify(model: str, scores: str, flags: list[str], as_json: bool) -> int:
         as_json: JSON on stdout in place of the report.
 
     Returns:
-        0 where every layer is routed as the file says, exits.MISROUTED where one is not.
+        0 if every layer is routed as the file says, exits.MISROUTED where one is not.
 
     Raises:
         FlagError: a flag contradicts the command.

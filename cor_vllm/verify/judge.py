@@ -2,7 +2,7 @@
 
 Nothing of the routing step is used: probabilities, groups and selection are numpy in float64.
 
-Source: method.md, "Online routing" and "Modes".
+Source: docs/reference/method.md, "Selection while serving" and "Modes".
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ WEIGHT_ERROR = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class LayerVerdict:
-    """What was found at one MoE layer of one worker; `problems` is empty where all is as the file says."""
+    """What was found at one MoE layer of one worker; `problems` is empty if all is as the file says."""
 
     worker: int
     layer: int
@@ -222,7 +222,7 @@ def _expected_k(record: "LayerRecord", config: CorConfig, scores: Scores) -> int
 
 
 def _with_groups(scores: np.ndarray, record: "LayerRecord") -> np.ndarray:
-    """The scores with −inf where the group was not chosen."""
+    """The scores, −inf for experts whose group was not chosen."""
     groups, kept = record.scoring.num_expert_group, record.scoring.topk_group
     if kept >= groups:
         return scores

@@ -39,9 +39,9 @@ class LayerRecord:
     topk_ids: torch.Tensor | None = None  # [T, top_k]
     topk_weights: torch.Tensor | None = None  # [T, top_k] float32
     stock_ids: torch.Tensor | None = None  # [T, top_k] what vLLM's own router makes of the same logits
-    stock_weights: torch.Tensor | None = None  # [T, top_k] float32, likewise
+    stock_weights: torch.Tensor | None = None  # [T, top_k] float32, their weights
     exact_ids: torch.Tensor | None = None  # [T, top_k] what it makes of them when they come in float32
-    exact_weights: torch.Tensor | None = None  # [T, top_k] float32, likewise
+    exact_weights: torch.Tensor | None = None  # [T, top_k] float32, their weights
     unbiased_ids: torch.Tensor | None = None  # [T, top_k] what our routing step makes of them with λ = 0
 
 

@@ -39,7 +39,7 @@ def written(folder: Path, values: Scores) -> dict[str, object]:
 
 
 def routing(values: Scores, **options: object) -> dict[int, tuple[int, torch.Tensor | None]]:
-    """k_l and λ·CEI as method.md has them, from the file's tensors."""
+    """k_l and λ·CEI as docs/reference/method.md has them, from the file's tensors."""
     lambda_ = options.pop("lambda_", 0.1)
     layers = zip(values.layer_index.tolist(), values.k.tolist(), values.cei, strict=True)
     return {index: (k, lambda_ * cei if lambda_ else None) for index, k, cei in layers}

@@ -1,4 +1,4 @@
-"""The budget: exact sum, bounds, proportionality, ties (method.md, "Budget")."""
+"""The budget: exact sum, bounds, proportionality, ties (docs/reference/method.md, "Budget")."""
 
 import math
 
