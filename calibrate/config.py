@@ -95,7 +95,7 @@ class CalibrationOptions(BaseModel):
                 "--tune splits the held-out positions in two; --heldout-tokens must be at least 2"
             )
         if self.tune and self.token_ids and not self.corpus:
-            raise ValueError("--tune needs held-out text; beside --token-ids, give it with --corpus")
+            raise ValueError("--tune needs held-out text; with --token-ids, give it by --corpus")
         return self
 
     @property
@@ -126,5 +126,5 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = (match[2].upper() or "B") if match else ""
     if match is None or unit not in UNITS:
-        raise ValueError(f"{text!r} is no size; write it like 2GB, 512MiB or 1000000")
+        raise ValueError(f"{text!r} is not a size; write it like 2GB, 512MiB or 1000000")
     return int(float(match[1]) * UNITS[unit])

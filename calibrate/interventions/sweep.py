@@ -9,7 +9,7 @@ perturbed, a full copy of it is carried, too. All losses are read at the end.
 
 Hidden states wait on the host; a layer call takes a block of them, as large as --max-memory allows.
 
-Source: docs/reference/method.md, "One sweep instead of thousands of passes".
+Source: docs/reference/method.md, "One sweep in place of thousands of passes".
 """
 
 from collections.abc import Iterator, Mapping, Sequence
