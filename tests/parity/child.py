@@ -33,6 +33,7 @@ def environment(next_version: bool, v2: bool, families: Sequence[str]) -> dict[s
     if v2:
         path.insert(0, str(V2_ON_CPU))
         found |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+        found["COR_TEST_TOKENS"] = "8"
         # Without a visible device vLLM takes Triton although no driver of it is active.
         found["CUDA_VISIBLE_DEVICES"] = ""
     # The test's own checkout last, since the interpreter may have another one installed.
