@@ -25,8 +25,9 @@ $(STAMP): requirements-cpu.lock pyproject.toml tools/vllm-cpu-shim/pyproject.tom
 
 # The package as one file in dist/, to be installed with pip elsewhere. It needs no environment of ours.
 wheel:
-	@rm -rf build # modules that no longer exist would come along
+	@rm -rf build # with modules that may no longer exist
 	@python3 -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	@rm -rf build
 	@ls dist/cor_vllm-*.whl
 
 demo: $(STAMP)
