@@ -5,8 +5,8 @@
 
 A room is a folder of modules. An arrow is a pair of rooms of which one imports from the other. An import
 circle is a set of modules that all reach each other by imports; those inside functions and those for type
-checkers alone count, too. A mode touches a file if the file's code, without comments and docstrings, spells
-the name of a routing mode as a string. The program only reads source text (ast) and imports nothing.
+checkers alone count, too. A mode touches a file if the file's code spells the name of a routing mode as a
+string. The program only reads source text (ast) and imports nothing.
 """
 
 import ast
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 ROOMS = ("cor_vllm", "kernels", "calibrate", "benchmarks", "tests", "examples", "tools")
 PRODUCT = ("cor_vllm", "kernels", "calibrate")
-MODES = {"full", "expert", "random"}  # "layer" and "off" are words of many other things, too
+MODES = {"full", "expert", "random"}  # "layer" and "off" are words for many other things
 LARGEST_FILE, LARGEST_FUNCTION = 350, 60  # lines, the limits of this project
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -38,24 +38,17 @@ class Module(NamedTuple):
 
 def modules(root: Path) -> dict[str, Module]:
     """Every Python module below `root`, by name; the two linked folders once, under cor_vllm."""
+    links = [link for link in (root / "cor_vllm").iterdir() if link.is_symlink()]
     found = {}
-    for room in ROOMS:
-        for path in sorted((root / room).rglob("*.py")):
-            if any(part.is_symlink() for part in path.relative_to(root).parents and _parents(path, root)):
-                continue
-            parts = path.relative_to(root).with_suffix("").parts
-            parts = ("cor_vllm", *parts) if parts[0] in ("kernels", "calibrate") else parts
-            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            text = path.read_text(encoding="utf-8")
-            found[name] = Module(name, path, ast.parse(text), text.count("\n"))
+    for path in sorted(path for room in ROOMS for path in (root / room).rglob("*.py")):
+        if any(path.is_relative_to(link) for link in links):
+            continue
+        parts = path.relative_to(root).with_suffix("").parts
+        parts = ("cor_vllm", *parts) if parts[0] in ("kernels", "calibrate") else parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        text = path.read_text(encoding="utf-8")
+        found[name] = Module(name, path, ast.parse(text), text.count("\n"))
     return found
-
-
-def _parents(path: Path, root: Path) -> Iterator[Path]:
-    for parent in path.parents:
-        if parent == root:
-            return
-        yield parent
 
 
 def imports(module: Module, known: dict[str, Module]) -> set[str]:
@@ -115,18 +108,7 @@ def functions(module: Module) -> Iterator[tuple[Function, bool]]:
 
 def mode_names(module: Module) -> int:
     """How often the code of a module spells the name of a routing mode as a string."""
-    docstrings = {
-        id(node.body[0].value)
-        for node in ast.walk(module.tree)
-        if isinstance(node, ast.Module | ast.ClassDef | Function)
-        and node.body
-        and isinstance(node.body[0], ast.Expr)
-    }
-    return sum(
-        isinstance(node, ast.Constant) and id(node) not in docstrings and node.value in MODES
-        for node in ast.walk(module.tree)
-        if not isinstance(node, ast.Constant) or isinstance(node.value, str)
-    )
+    return sum(isinstance(node, ast.Constant) and node.value in MODES for node in ast.walk(module.tree))
 
 
 def report(root: Path) -> str:
