@@ -164,7 +164,7 @@ def _add_budget_options(parser: argparse.ArgumentParser) -> None:
         "--tune",
         action="store_true",
         help="choose the mode and λ that are served (or stock routing) on one half of the held-out "
-        "positions, and report on the other half (default: off, which means mode full and λ = 0.1)",
+        "positions, and report on the other half (default: off, for mode full, λ = 0.1)",
     )
 
 

@@ -136,7 +136,9 @@ def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "eager. Exit code 3 if any layer is not routed as the file says, 1 if that could not be found out.",
     )
     parser.set_defaults(handler=_verify)
-    parser.add_argument("model", type=given, metavar="MODEL", help="as for vllm serve")
+    parser.add_argument(
+        "model", type=given, metavar="MODEL", help="the model, as vllm serve takes it: a folder or a hub id"
+    )
     parser.add_argument("--cor-scores", required=True, type=given, metavar="PATH", help="the scores file")
     parser.add_argument("--json", action="store_true", help="JSON on stdout instead of the report")
 

@@ -51,8 +51,8 @@ def _table(actions: list[Any]) -> str:
             ", ".join(f"`{name}{value}`" for name in action.option_strings)
             or f"`{action.metavar or action.dest}`"
         )
-        text = (action.help or "") % {**vars(action), "prog": "cor-vllm"} if action.help else ""
-        lines.append(f"| {names} | {text.replace('|', chr(92) + '|')} |")
+        text = (action.help or "") % {**vars(action), "prog": "cor-vllm"}
+        lines.append("| {} | {} |".format(*(cell.replace("|", r"\|") for cell in (names, text))))
     return "\n".join(lines)
 
 

@@ -47,7 +47,8 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=int,
         default=3,
         metavar="N",
-        help="of the CEI of each file, each a condition (default: %(default)s)",
+        help="how many times the CEI of each file is permuted, each time for a condition of its own "
+        "(default: %(default)s)",
     )
     add("--list-conditions", action="store_true", help="print the conditions of these scores files, and stop")
     add(
@@ -64,7 +65,7 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--served-name",
         type=given,
         metavar="NAME",
-        help="what the servers call the model (default: each one's first)",
+        help="the name by which the servers know the model (default: the first one that each has)",
     )
     return parser
 
@@ -108,12 +109,17 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "lacks comes from the hub. FACTOR is on no hub: DIR/factor/news/news_factor.csv from "
         "github.com/AI21Labs/factor",
     )
-    add("--limit", type=int, metavar="N", help="items per task, drawn by --seed (default: all)")
+    add(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="at most so many items of each task, drawn by --seed (default: all)",
+    )
     add(
         "--backend",
         choices=("vllm", "transformers"),
-        help="what runs the model: vllm, an engine per condition, as served; or transformers, which also has "
-        "the baselines DoLa and ITI and the entropy gates (default: vllm)",
+        help="what runs the model: vllm starts one engine for each condition, as it would be served; "
+        "transformers also has the baselines DoLa and ITI and the entropy gates (default: vllm)",
     )
     add(
         "--max-model-len",
@@ -129,9 +135,18 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="rows per forward with transformers, prompts per request with servers (default: %(default)s)",
     )
-    add("--dtype", choices=DTYPES, help="as for calibrate and vllm (default: auto)")
-    add("--device", type=given, help="with transformers: as for calibrate")
-    add("--seed", type=int, default=0, help="of draws, permutations and bootstrap (default: 0)")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="dtype of the weights, as calibrate and vllm serve take it (default: auto)",
+    )
+    add("--device", type=given, help="torch device, with --backend transformers only, as calibrate takes it")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the draws, the permutations and the bootstrap (default: 0)",
+    )
 
 
 def _pair(text: str) -> tuple[str, str]:
