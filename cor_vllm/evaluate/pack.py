@@ -35,7 +35,9 @@ def read(path: Path) -> list[Run]:
         EvaluationError: it holds no runs.
     """
     if not path.exists():
-        raise EvaluationError(f"{path}: there is no such file or folder")
+        raise EvaluationError(
+            f"{path}: there is no such file or folder; give the --output folder of cor-vllm evaluate"
+        )
     found = _of_folder(path) if path.is_dir() else _of_file(path)
     if not found:
         raise EvaluationError(f"{path}: holds no result of cor-vllm evaluate; give its --output folder")

@@ -7,6 +7,7 @@ those call their workers'. What they exchange is plain data, because vLLM sends 
 from typing import Any
 
 from cor_vllm.live.prefix_cache import current, renew_salt
+from cor_vllm.modes import has_lambda
 from cor_vllm.scores import ScoresError
 from cor_vllm.serve.config import ConfigError, CorConfig
 from cor_vllm.serve.layers import kernel_name, moe_layers
@@ -45,7 +46,9 @@ def worker_status(worker: Worker) -> dict[str, Any]:
     """What this worker routes by, read off its layers; nothing is read from the device."""
     config = current(worker)
     assert config is not None, "asked only if the engine is ours"
-    model = scores_of(config).config.model
+    model, serving = scores_of(config).config.model, scores_of(config).config.serving
+    if has_lambda(config.mode):  # a change of the mode may be what first makes the file's λ count
+        config = config.resolved(serving)
     return {
         "rank": worker.rank,
         "version": __version__,

@@ -38,7 +38,8 @@ def add(parser: Any) -> Any:
         "--cor-lambda",
         type=float,
         metavar="LAMBDA",
-        help="Weight of the causal score next to the router probability. Default: the scores file's, 0.1.",
+        help="Weight of CEI next to the router probability. Default: the scores file's, which is 0.1 unless "
+        "it was calibrated with --tune.",
     )
     group.add_argument(
         "--cor-swap-rate",

@@ -44,5 +44,5 @@ def run(variables: dict[str, str], *arguments: str) -> str:
     """What a Python process prints; a failure is one of the test."""
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=1700)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert done.returncode == 0, f"exit code {done.returncode}: {(done.stdout + done.stderr)[-6000:]}"
     return done.stdout

@@ -168,6 +168,15 @@ def test_what_cannot_be_changed_is_refused_by_name_and_changes_nothing(model):
     assert core.cor_status()[0]["options"]["swap_rate"] is None
 
 
+def test_the_files_lambda_is_shown_once_a_mode_has_one(model, file):
+    core = core_of(engine(model, file, admin=True, mode="layer"))
+    (status,) = core.cor_status()
+    assert status["options"]["lambda"] is None
+    assert core.cor_change(None, "full") == ""
+    (status,) = core.cor_status()
+    assert status["options"]["lambda"] == 0.1 == status["layers"][0]["lambda"]
+
+
 def test_counters(model):
     """Against sets of what each layer's router was given and what it chose."""
     file = written(model, "counted", k=[1, 7, 3])

@@ -1,12 +1,22 @@
 """The conditions of the evaluation: what each is, does and controls, and how they are chosen."""
 
 import re
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
 
 from cor_vllm.evaluate.benchmarks import EvaluationError
-from cor_vllm.evaluate.conditions import Permuted, RandomBias, Sources, select, table
+from cor_vllm.evaluate.conditions import (
+    DEFINED_BY_A_FILE,
+    Permuted,
+    RandomBias,
+    Sources,
+    modes,
+    on_transformers,
+    select,
+    table,
+)
 from cor_vllm.scores import Scores
 from cor_vllm.serve.config import CorConfig, plan
 
@@ -33,6 +43,12 @@ def test_conditions_are_what_they_are_called(scores: Scores) -> None:
     noise = RandomBias(0)
     assert noise.scale(scores) > 1, "or this proves nothing"
     assert (rows["random-bias"].options or {})["lambda"] == pytest.approx(0.1 * noise.scale(scores))
+
+
+def test_no_server_is_called_like_a_row_that_needs_a_scores_file(scores: Scores) -> None:
+    known = {row.name for row in [*modes({}), *on_transformers({})]}
+    for row in table(Sources({"": scores, "facts": scores}), 0.1):
+        assert row.name in known or any(fnmatchcase(row.name, each) for each in DEFINED_BY_A_FILE), row.name
 
 
 def test_conditions_say_whose_control_and_whose_draw_they_are(scores: Scores) -> None:

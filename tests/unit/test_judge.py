@@ -67,14 +67,14 @@ def test_a_mode_that_the_verifier_was_not_taught_is_a_problem(
     scores: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it expects it computes by itself, so that a new mode must not pass as one that it knows."""
-    monkeypatch.setitem(MODES, "inverted", Mode("a mode of this test"))
+    monkeypatch.setitem(MODES, "toy", Mode("a mode of this test"))
     record = SimpleNamespace(
         layer_index=0, name="layers.0", kernel="K", modular=True, router="CorRouter", top_k=3,
         router_logits=None, topk_ids=None,
     )  # fmt: skip
-    for mode, problem in (("off", False), ("inverted", True)):
+    for mode, problem in (("off", False), ("toy", True)):
         (verdict,) = judge.judge([record], CorConfig(scores="x", mode=mode), scores)
-        assert any("does not know what mode 'inverted'" in found for found in verdict.problems) == problem
+        assert any("does not know what mode 'toy'" in found for found in verdict.problems) == problem
     for mode, k in (("off", 3), ("expert", 3), ("layer", 2), ("full", 2), ("random", 2)):
         (verdict,) = judge.judge([record], CorConfig(scores="x", mode=mode), scores)
         assert verdict.expected_k == k == int(scores.k[0] if k == 2 else scores.config.model.top_k)

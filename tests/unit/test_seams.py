@@ -31,7 +31,8 @@ def title(seam: Seam) -> str:
 def test_the_installed_version_has_it(seam):
     if seam not in compat.rows():
         pytest.skip(f"vLLM has it from {seam.since} on")
-    assert compat.lacks(seam) == ""
+    name = compat.lacks(seam)
+    assert not name, f"vLLM has no {name}, which cor-vllm needs to {seam.why}"
 
 
 @pytest.mark.parametrize("seam", SEAMS, ids=title)
