@@ -91,12 +91,19 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="positions with a loss below this percentile are easy (default: 10)",
     )
-    add("--delta", type=float, metavar="D", help="layer outputs are multiplied by 1 + D (default: 0.1)")
+    add(
+        "--delta",
+        type=float,
+        metavar="D",
+        help="strength of the perturbation that measures a layer: its output is multiplied by 1 + D "
+        "(default: 0.1)",
+    )
     add(
         "--epsilon",
         type=float,
         metavar="E",
-        help="added to the denominator of R_l = S(hard) / (S(easy) + E), nats (default: 1e-6)",
+        help="small number of nats that keeps R_l finite: R_l = S(hard) / (S(easy) + E), where S is how much "
+        "the loss rises under --delta (default: 1e-6)",
     )
     add(
         "--ablation",

@@ -52,7 +52,7 @@ class Metrics:
 
         info_labels = ("mode", "weights", "scores_sha256", "fingerprint", "version")
         gauge("cor_info", "1 for the routing that is served, 0 for one before it.", *info_labels)
-        gauge("cor_lambda", "Weight of the causal score, 0 where there is none.", "layer")
+        gauge("cor_lambda", "Weight of CEI, 0 in a layer without one.", "layer")
         gauge("cor_top_k", "Experts per token.", "layer")
         gauge("cor_model_top_k", "Experts per token of the untouched model.")
         gauge("cor_budget", "Experts per token, all MoE layers together.")

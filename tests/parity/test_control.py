@@ -169,7 +169,8 @@ def test_what_cannot_be_changed_is_refused_by_name_and_changes_nothing(model):
 
 
 def test_the_files_lambda_is_shown_once_a_mode_has_one(model, file):
-    core = core_of(engine(model, file, admin=True, mode="layer"))
+    llm = engine(model, file, admin=True, mode="layer")  # it ends with its last name
+    core = core_of(llm)
     (status,) = core.cor_status()
     assert status["options"]["lambda"] is None
     assert core.cor_change(None, "full") == ""
