@@ -105,6 +105,11 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         help="small number of nats that keeps R_l finite: R_l = S(hard) / (S(easy) + E), where S is how much "
         "the loss rises under --delta (default: 1e-6)",
     )
+    _add_intervention_options(group)
+
+
+def _add_intervention_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--ablation",
         choices=("backfill", "drop"),

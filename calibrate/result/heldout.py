@@ -35,7 +35,6 @@ def rules(model: MoeModel, tables: Tables, mode: str, lam: float, seed: int) -> 
         lam: λ of Eq. 9.
         seed: of a mode whose score is drawn.
     """
-
     setting = Setting(mode=mode, lambda_=lam, seed=seed)
     layers = plan(setting, modes.Tables(model.layer_index, model.top_k, tables.k, tables.cei))
     return {number: rule_of(model.routers[number], layer) for number, layer in enumerate(layers)}

@@ -85,8 +85,7 @@ def _gated(router: Router, layer: LayerRouting, threshold: float | None) -> Rule
     def gated(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         probs = router.probabilities(logits)
         uncertain = (entropy(probs) > threshold)[:, None]
-        added = router.correction_bias.to(logits.device) + uncertain * bias.to(logits.device)
-        return router.select(probs, probs + added, layer.top_k)
+        return router.select(probs, router.scores(probs, uncertain * bias.to(logits.device)), layer.top_k)
 
     return gated
 

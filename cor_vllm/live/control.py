@@ -46,14 +46,14 @@ def worker_status(worker: Worker) -> dict[str, Any]:
     """What this worker routes by, read off its layers; nothing is read from the device."""
     config = current(worker)
     assert config is not None, "asked only if the engine is ours"
-    model, serving = scores_of(config).config.model, scores_of(config).config.serving
+    file = scores_of(config).config
     if has_lambda(config.mode):  # a change of the mode may be what first makes the file's λ count
-        config = config.resolved(serving)
+        config = config.resolved(file.serving)
     return {
         "rank": worker.rank,
         "version": __version__,
-        "fingerprint": model.fingerprint,
-        "model_top_k": model.top_k,
+        "fingerprint": file.model.fingerprint,
+        "model_top_k": file.model.top_k,
         "options": config.model_dump(by_alias=True, exclude={"scores"}),
         "warnings": list(doubts_of(config)),
         "layers": [
