@@ -11,11 +11,12 @@ LINK = re.compile(r"\[([^\]]+)\]\((\.\./[^)#\s]*)(#[^)]*)?\)")
 SOURCES = ROOT / ".cache" / "docs-sources"  # where mkdocs.yml tells mkdocstrings to look
 
 
-def on_pre_build(**_: Any) -> None:
+def on_startup(**_: Any) -> None:
     """Copy the package, for mkdocstrings, which does not find modules in folders without `__init__.py`.
 
     kernels/ and calibrate/ must not have one where they are, since they would be importable by themselves.
-    `make docs` runs mkdocs in another folder than this one, where it would find the package as it is.
+    `make docs` runs mkdocs in another folder than this one, where it would find the package as it is. Done at
+    the start: mkdocstrings ignores a folder that does not exist when it reads mkdocs.yml.
     """
     shutil.rmtree(SOURCES, ignore_errors=True)
     shutil.copytree(ROOT / "cor_vllm", SOURCES / "cor_vllm")  # what the links lead to is copied, too
