@@ -91,17 +91,20 @@ def select(
     else:
         order = _descending(scores)
     ids = order[:, :top_k]
-    weights = probs.gather(1, ids)
-    if scoring.renormalize:
-        # If nothing selected has any weight, the sum is 0, and so is what it divides.
-        weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(SMALLEST)
-    if scoring.scale != 1.0:
-        weights = weights * scoring.scale
+    weights = weigh(probs.gather(1, ids), scoring)
     ids = ids.to(indices_type).contiguous()
     if is_padding is not None:
         weights = weights.masked_fill(is_padding[:, None], 0.0)
         ids = ids.masked_fill(is_padding[:, None], -1)
     return weights, ids
+
+
+def weigh(chosen: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    """The weights of selected experts from their probabilities, [..., top_k] float32 each."""
+    if scoring.renormalize:
+        # If nothing selected has any weight, the sum is 0, and so is what it divides.
+        chosen = chosen / chosen.sum(dim=-1, keepdim=True).clamp_min(SMALLEST)
+    return chosen * scoring.scale if scoring.scale != 1.0 else chosen
 
 
 def _descending(scores: torch.Tensor) -> torch.Tensor:
@@ -135,11 +138,11 @@ def random_scores(router_logits: torch.Tensor, seed: int) -> torch.Tensor:
     """
     bits = router_logits.float().contiguous().view(torch.int32).long()
     experts = torch.arange(1, bits.shape[1] + 1, device=bits.device)
-    token = (_mix(bits + experts * 0x9E3779B97F4A7C1)).sum(dim=1, keepdim=True)
-    return (_mix(_mix(token + seed) + experts * 0x9E3779B97F4A7C1) & 0xFFFFFF).float() / (1 << 24)
+    token = (mix(bits + experts * 0x9E3779B97F4A7C1)).sum(dim=1, keepdim=True)
+    return (mix(mix(token + seed) + experts * 0x9E3779B97F4A7C1) & 0xFFFFFF).float() / (1 << 24)
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
+def mix(x: torch.Tensor) -> torch.Tensor:
     """The finalizer of splitmix64 (Steele et al., 2014) on int64, which wraps around."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15

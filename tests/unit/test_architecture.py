@@ -74,7 +74,15 @@ def test_the_sweep_takes_nothing_from_its_oracle(module):
 
 
 CALIBRATE = "cor_vllm.calibrate."
-ROOMS = ("config", "model", "text", "interventions", "result")  # each imports from those before it
+ROOMS = (
+    "config",
+    "model",
+    "text",
+    "interventions",
+    "result",
+    "routes",
+    "reroute",
+)  # each imports from those before it
 
 
 @pytest.mark.parametrize("file", files(*(f"calibrate/{room}" for room in ROOMS[1:])), ids=name)

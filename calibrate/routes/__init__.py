@@ -1,0 +1,1 @@
+"""Route analysis: how good a token's standard route is among sampled routes of equal compute."""
