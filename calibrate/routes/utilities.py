@@ -5,6 +5,7 @@ to J are null targets, drawn from the model's own prediction.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,4 +48,5 @@ class Utilities:
     @classmethod
     def from_tensors(cls, layer: int | None, tensors: dict[str, torch.Tensor]) -> "Utilities":
         """The inverse of `tensors`."""
-        return cls(layer=layer, **{"ids": None, **tensors})
+        values: dict[str, Any] = {"ids": None, **tensors}
+        return cls(layer=layer, **values)
