@@ -8,7 +8,7 @@ and all routes share its output. Sums, norm and head are float32, whatever the m
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,17 @@ from cor_vllm.calibrate.routes.standard import LastInputs
 from cor_vllm.calibrate.routes.utilities import Standard, Utilities
 
 TOKENS = 256  # of a block
+
+
+class Head(Protocol):
+    """What follows the experts of the last layer."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where hidden states have to be."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, D] hidden states of the last layer → [R, V] float32 logits of the vocabulary."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,25 +47,35 @@ class LastLayer:
         """Take the parts from a model whose weights are all in memory."""
         head = model.model.lm_head
         bias = None if head.bias is None else head.bias.detach().float()
-        norm = copy.deepcopy(model.model.model.norm).float()
+        norm = copy.deepcopy(model.model.model.norm).float().requires_grad_(False)
         layer: Any = model.decoder_layers[-1]
         return cls(layer.mlp.experts, norm, head.weight.detach().float(), bias)
 
+    @property
+    def device(self) -> torch.device:
+        """Where norm and head are."""
+        return self.head.device
+
     def expert_outputs(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """E_e(x) of each token's experts: [T, D] and ids [T, P] → [T, P, D] float32 on the device."""
-        device, (tokens, pool) = self.head.device, ids.shape
+        device, (tokens, pool) = self.device, ids.shape
         repeated = x.to(device).repeat_interleave(pool, dim=0)
         one = torch.ones(len(repeated), 1, dtype=repeated.dtype, device=device)
         outputs = self.experts(repeated, ids.reshape(-1, 1).to(device), one)
         return outputs.view(tokens, pool, -1).float()
 
-    def log_probs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """[R, J] float32 log-probabilities of targets [R, J] after the last layer's hidden states [R, D]."""
-        found = []
-        for rows, wanted in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True):
-            logits = functional.linear(self.norm(rows), self.head, self.bias)
-            found.append(logits.gather(1, wanted) - logits.logsumexp(dim=1, keepdim=True))
-        return torch.cat(found)
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See Head."""
+        return functional.linear(self.norm(hidden), self.head, self.bias)
+
+
+def log_probs(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """[R, J] float32 log-probabilities of targets [R, J] after the last layer's hidden states [R, D]."""
+    found = []
+    for rows, wanted in zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True):
+        logits = head.logits(rows)
+        found.append(logits.gather(1, wanted) - logits.logsumexp(dim=1, keepdim=True))
+    return torch.cat(found)
 
 
 @torch.inference_mode()
@@ -82,30 +103,37 @@ def last_layer_utilities(
     found = []
     for start in range(0, len(inputs.x), TOKENS):
         rows = slice(start, start + TOKENS)
+        outputs = part.expert_outputs(inputs.x[rows], routes.pool[rows])
         found.append(
-            route_utilities(part, inputs.x[rows], inputs.residual[rows], routes[rows], standard.targets[rows])
+            route_utilities(part, outputs, inputs.residual[rows], routes[rows], standard.targets[rows])
         )
         advance(len(found[-1]))
     return Utilities.of(layer, routes, torch.cat(found))
 
 
 def route_utilities(
-    part: LastLayer, x: torch.Tensor, residual: torch.Tensor, routes: Routes, targets: torch.Tensor
+    head: Head, outputs: torch.Tensor, residual: torch.Tensor, routes: Routes, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Log-probability of each target [T, J] under each route: [T, 1+G, J] float32 on the host.
+    """Log-probability of each target under each route; routes with the same experts are computed once.
 
-    Routes with the same experts are computed once.
+    Args:
+        head: norm and head.
+        outputs: [T, P, D] float32, what the experts of each token's pool return.
+        residual: [T, D], what the weighted outputs are added to.
+        routes: of the T tokens.
+        targets: [T, J] int64.
+
+    Returns:
+        [T, 1+G, J] float32 on the host, nats.
     """
-    device = part.head.device
-    outputs = part.expert_outputs(x, routes.pool)
     token, route = routes.distinct.nonzero(as_tuple=True)
     weights = torch.zeros(len(token), routes.pool.shape[1])
     weights.scatter_(1, routes.ranks[token, route], routes.weights[token, route])
     utility = torch.empty(*routes.first.shape, targets.shape[1])
     for block in torch.arange(len(token)).split(LOSS_ROWS):
-        at = token[block].to(device)
-        routed = torch.einsum("rp,rpd->rd", weights[block].to(device), outputs[at])
-        hidden = residual.to(device)[at].float() + routed
-        utility[token[block], route[block]] = part.log_probs(hidden, targets.to(device)[at]).cpu()
+        at = token[block].to(head.device)
+        routed = torch.einsum("rp,rpd->rd", weights[block].to(head.device), outputs[at])
+        hidden = residual.to(head.device)[at].float() + routed
+        utility[token[block], route[block]] = log_probs(head, hidden, targets.to(head.device)[at]).cpu()
     index = routes.first[:, :, None].expand(-1, -1, targets.shape[1])
     return utility.gather(1, index)

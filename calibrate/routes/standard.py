@@ -146,21 +146,30 @@ def _predictions(
     model: MoeModel, hidden: torch.Tensor, tokens: torch.Tensor, keys: torch.Tensor, nulls: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Targets [T, 1+J], the realised token and J drawn ones, and their log-probabilities [T, 1+J] float32."""
-    uniform = _uniform(keys, nulls)
     targets, log_probs = [], []
     for block in torch.arange(len(hidden)).split(LOSS_ROWS):
         normed = model.model.model.norm(hidden[block].to(model.device))
         log_prob = model.model.lm_head(normed).float().log_softmax(dim=-1)
-        cumulated = log_prob.double().exp().cumsum(dim=-1)
-        wanted = uniform[block].to(cumulated.device) * cumulated[:, -1:]
-        drawn = torch.searchsorted(cumulated, wanted, right=True).clamp_max(cumulated.shape[1] - 1)
+        drawn = draw_targets(log_prob, keys[block], nulls)
         both = torch.cat([tokens[block, None].to(drawn.device), drawn], dim=1)
         targets.append(both.cpu())
         log_probs.append(log_prob.gather(1, both).cpu())
     return torch.cat(targets), torch.cat(log_probs)
 
 
-def _uniform(keys: torch.Tensor, nulls: int) -> torch.Tensor:
-    """[T, J] float64 in [0, 1)."""
+def draw_targets(log_prob: torch.Tensor, keys: torch.Tensor, nulls: int) -> torch.Tensor:
+    """Draw null targets from predictions, by noise that depends on the keys alone.
+
+    Args:
+        log_prob: [T, V] float32.
+        keys: [T] int64.
+        nulls: J.
+
+    Returns:
+        [T, J] int64 token ids.
+    """
     bits = mix(keys[:, None] + (torch.arange(nulls) + _TARGETS) * _ODD)
-    return (bits & ((1 << 53) - 1)).double() / (1 << 53)
+    uniform = (bits & ((1 << 53) - 1)).double() / (1 << 53)
+    cumulated = log_prob.double().exp().cumsum(dim=-1)
+    wanted = uniform.to(cumulated.device) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, wanted, right=True).clamp_max(cumulated.shape[1] - 1)
