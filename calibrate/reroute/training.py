@@ -202,7 +202,7 @@ class Training:
             after = self._problem.logits(self._weight, some)
             loss = loss + self._candidate.kl * objectives.divergence(after, before)
         self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_([self._weight], CLIP)
         self._optimizer.step()
         self._steps += 1
