@@ -11,19 +11,21 @@ Sketch = Annotated[list[float], Field(min_length=64, max_length=64)]
 HARM_ERRORS = 2  # standard errors beyond which a file's own check says that it hurts
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """One JSON object in the `config` of a file."""
+
     # Unknown keys are kept, so that a later minor addition survives a read and write by this version.
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, validate_by_name=True)
 
 
-class TensorInfo(_Section):
+class TensorInfo(Section):
     """A router's tensor: how it is stored, and SHA-256 of its values and of those after each usual cast."""
 
     dtype: str
     sha256: list[Sha256] = Field(min_length=1)
 
 
-class RouterInfo(_Section):
+class RouterInfo(Section):
     """What a copy of a router is known by (copies.py); sketches are random projections to 64 numbers."""
 
     layer: int = Field(ge=0)
@@ -32,7 +34,7 @@ class RouterInfo(_Section):
     input_sketch: Sketch | None = None  # of the weight times that of the norm before the router
 
 
-class ModelInfo(_Section):
+class ModelInfo(Section):
     """The model that the scores belong to; the server compares every field but name and revision."""
 
     name: str
@@ -43,9 +45,11 @@ class ModelInfo(_Section):
     num_hidden_layers: int = Field(ge=1, le=65536)
     fingerprint: Sha256  # of the routers' bytes
     routers: list[RouterInfo] | None = None  # by layer; files of the first version have none
+    # Of the router overlay that was in force during the measurement (overlay.RouterOverlay.fingerprint).
+    router_overlay: Sha256 | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
-class _Optional(_Section):
+class _Optional(Section):
     """A section with keys that only some files have: a field that was never set is not written."""
 
     @model_serializer(mode="wrap")
@@ -56,7 +60,7 @@ class _Optional(_Section):
         return {name: value for name, value in write(self).items() if name not in names}
 
 
-class MarginalInfo(_Section):
+class MarginalInfo(Section):
     """What one expert less and one more does to a layer: mean loss change and its standard error, nats."""
 
     fewer: tuple[float, float] | None
@@ -110,7 +114,7 @@ class CalibrationInfo(_Optional):
     marginal: list[MarginalInfo] | None = None  # [M], of `--intensity marginal`
 
 
-class BudgetInfo(_Section):
+class BudgetInfo(Section):
     """How k_l was allocated; `sum` misses `total` only under the paper's rounding."""
 
     rule: Literal["exact", "paper"]
@@ -120,7 +124,7 @@ class BudgetInfo(_Section):
     sum: int = Field(ge=1)
 
 
-class LossStat(_Section):
+class LossStat(Section):
     """Mean loss in nats; difference to stock routing on the same positions with its paired standard error."""
 
     mean: float
@@ -128,12 +132,12 @@ class LossStat(_Section):
     sem: float = Field(ge=0)
 
 
-class ModeLoss(_Section):
+class ModeLoss(Section):
     all: LossStat
     hard: LossStat
 
 
-class Trial(_Section):
+class Trial(Section):
     """One setting that `--tune` tried: its loss minus stock routing's on the tuning half, nats."""
 
     mode: str
@@ -142,14 +146,14 @@ class Trial(_Section):
     sem: float = Field(ge=0)
 
 
-class TuningInfo(_Section):
+class TuningInfo(Section):
     """What `--tune` tried, and on how many positions."""
 
     positions: int
     trials: list[Trial]
 
 
-class AlternativeInfo(_Section):
+class AlternativeInfo(Section):
     """A setting one flag away: its loss minus that of the file's own setting, paired, nats."""
 
     flags: str
@@ -178,14 +182,14 @@ class HeldoutInfo(_Optional):
         )
 
 
-class ServingInfo(_Section):
+class ServingInfo(Section):
     """What the server uses unless a flag says otherwise."""
 
     lambda_: float = Field(default=0.1, ge=0, alias="lambda")
     mode: ModeName = "full"
 
 
-class ScoresConfig(_Section):
+class ScoresConfig(Section):
     """The `config` object of a scores file (docs/reference/scores-file.md)."""
 
     model: ModelInfo

@@ -1,32 +1,22 @@
 """The scores file `cor-scores/1`: write, read, validate.
 
-One safetensors file holds every tensor of a calibration and, as JSON in its metadata, where they came from.
-Reading executes nothing, imports nothing and opens no other file; nothing is allocated on the word of a
-header, only the file's own bytes.
+One safetensors file (tensor_file.py) holds every tensor of a calibration and, as JSON in its metadata, where
+they came from.
 """
 
 import dataclasses
-import hashlib
-import json
 import os
-import stat
-import tempfile
-from pathlib import Path
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as safetensors_load
-from safetensors.torch import save as safetensors_save
 
-from cor_vllm.errors import CorError, invalid, one_line
+from cor_vllm.errors import CorError
 from cor_vllm.metadata import ScoresConfig
 from cor_vllm.modes import SWAP_RATE_LAMBDAS as SWAP_RATE_LAMBDAS
 from cor_vllm.modes import Tables
+from cor_vllm.tensor_file import Kind
+from cor_vllm.tensor_file import digest as digest
 
 FORMAT = "cor-scores/1"
-MAX_FILE_BYTES = 1 << 28  # 1,000 layers of 2,048 experts need 33 MB
-MAX_HEADER_BYTES = 1 << 22
 RECALIBRATE = "write it again with `cor-vllm calibrate`"
 
 
@@ -78,6 +68,7 @@ _DTYPES = {
     if f.name != "config"
 }
 _PER_EXPERT = ("cei", "cei_raw", "cei_sem", "cei_count", "router_prob")
+_KIND = Kind(FORMAT, "scores file", ScoresError, RECALIBRATE, _DTYPES, ScoresConfig)
 
 
 def load(path: str | os.PathLike[str]) -> Scores:
@@ -97,51 +88,13 @@ def load(path: str | os.PathLike[str]) -> Scores:
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The file's bytes, or a ScoresError if it is not a readable regular file of a plausible size."""
-    if not os.fspath(path):
-        raise ScoresError("the path is empty; give that of a scores file")
-    try:
-        with open(path, "rb", opener=_open_without_blocking) as file:
-            info = os.fstat(file.fileno())
-            if not stat.S_ISREG(info.st_mode):
-                raise ScoresError(f"{path}: not a regular file; give the path of a scores file")
-            if info.st_size > MAX_FILE_BYTES:
-                raise ScoresError(
-                    f"{path}: {info.st_size} bytes, more than {MAX_FILE_BYTES}; this is no scores file"
-                )
-            return file.read()
-    except IsADirectoryError:
-        raise ScoresError(f"{path}: is a directory; give the path of a scores file") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, ScoresError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ScoresError(f"{path}: cannot be read ({reason}); check the path and its permissions") from None
-
-
-def _open_without_blocking(path: str, flags: int) -> int:
-    # A FIFO would block the open for ever; the flag does nothing to a regular file.
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
-def digest(data: bytes) -> str:
-    """SHA-256 of a file's bytes: what compile caches and prefix caches are keyed by."""
-    return hashlib.sha256(data).hexdigest()
+    return _KIND.read_bytes(path)
 
 
 def parse(data: bytes, name: str) -> Scores:
     """Decode and validate the bytes of a scores file; `name` stands in the error messages."""
-    header = _header(data, name)
-    try:
-        tensors = safetensors_load(data)
-    except (SafetensorError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise ScoresError(
-            f"{name}: not a complete safetensors file ({one_line(error)}); {RECALIBRATE}"
-        ) from None
-    config = _config(header.get("__metadata__"), name)
-    for field in _DTYPES:
-        if field not in tensors:
-            raise ScoresError(f"{name}: {field}: missing; {RECALIBRATE}")
-    scores = Scores(**{field: tensors[field] for field in _DTYPES}, config=config)
+    tensors, config = _KIND.parse(data, name)
+    scores = Scores(**tensors, config=config)
     validate(scores, name)
     return scores
 
@@ -153,77 +106,14 @@ def save(path: str | os.PathLike[str], scores: Scores) -> None:
         ScoresError: the scores break the format, or `path` is a folder, a device or another special file.
         OSError: the file cannot be written (disk full, no permission); nothing is left behind.
     """
-    target = Path(path)
-    validate(scores, os.fspath(target))
-    if target.exists() and not target.is_file():  # it would be replaced
-        raise ScoresError(f"{target}: is not a regular file; give the name of a file")
-    metadata = {"format": FORMAT, "config": scores.config.model_dump_json(by_alias=True)}
-    data = _ordered(safetensors_save({n: t.contiguous() for n, t in scores.tensors().items()}, metadata))
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _ordered(data: bytes) -> bytes:
-    """The same file with its header's keys in order: safetensors writes the metadata in any."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # the format aligns the tensors to 8 bytes
-    return len(header).to_bytes(8, "little") + header + data[end:]
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
-def _header(data: bytes, name: str) -> dict[str, object]:
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > len(data) - 8:
-        raise ScoresError(f"{name}: header: {len(data)} bytes do not hold it; the file is cut off or no "
-                          f"safetensors file, {RECALIBRATE}")  # fmt: skip
-    if length > MAX_HEADER_BYTES:
-        raise ScoresError(f"{name}: header: {length} bytes, more than {MAX_HEADER_BYTES}; {RECALIBRATE}")
-    try:
-        header = json.loads(data[8 : 8 + length])
-    except (ValueError, RecursionError) as error:
-        raise ScoresError(f"{name}: header: not JSON ({one_line(error)}); {RECALIBRATE}") from None
-    if not isinstance(header, dict):
-        raise ScoresError(f"{name}: header: not a JSON object; {RECALIBRATE}")
-    return header
-
-
-def _config(metadata: object, name: str) -> ScoresConfig:
-    values = metadata if isinstance(metadata, dict) else {}
-    found = values.get("format")
-    if found != FORMAT:
-        remedy = "update cor-vllm" if str(found).startswith("cor-scores/") else RECALIBRATE
-        raise ScoresError(f"{name}: format: {one_line(repr(found))}, this version reads {FORMAT!r}; {remedy}")
-    try:
-        return ScoresConfig.model_validate_json(values.get("config") or "")
-    except ValidationError as error:
-        where, message, value = invalid(error)
-        field = one_line(".".join(["config", *where]))
-        raise ScoresError(f"{name}: {field}: {message}, got {value}; {RECALIBRATE}") from None
+    validate(scores, os.fspath(path))
+    _KIND.save(path, scores.tensors(), scores.config)
 
 
 def validate(scores: Scores, name: str) -> None:
     """Check dtypes, shapes, ranges and finiteness; raise ScoresError with the first violation."""
     tensors = scores.tensors()
-    for field, dtype in _DTYPES.items():
-        if tensors[field].dtype != dtype:
-            raise ScoresError(
-                f"{name}: {field}: dtype {tensors[field].dtype}, must be {dtype}; {RECALIBRATE}"
-            )
+    _KIND.check_dtypes(tensors, name)
     layers = scores.layer_index.shape
     if len(layers) != 1 or layers[0] < 1:
         raise ScoresError(f"{name}: layer_index: shape {list(layers)}, must be [M], M ≥ 1; {RECALIBRATE}")
@@ -240,10 +130,7 @@ def validate(scores: Scores, name: str) -> None:
 
 def _validate_values(scores: Scores, name: str) -> None:
     def refuse(field: str, bad: torch.Tensor, rule: str) -> None:
-        if bad.any():
-            at = bad.nonzero()[0].tolist()
-            value = getattr(scores, field)[tuple(at)].item()
-            raise ScoresError(f"{name}: {field}: {value} at {at}, must be {rule}; {RECALIBRATE}")
+        _KIND.refuse(name, field, getattr(scores, field), bad, rule)
 
     for field, tensor in scores.tensors().items():
         if tensor.dtype.is_floating_point:

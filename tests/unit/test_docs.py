@@ -68,3 +68,11 @@ def test_every_section_of_a_scores_file_is_on_the_page() -> None:
     page = (REFERENCE / "scores-file.md").read_text(encoding="utf-8")
     wanted = {*ScoresConfig.model_fields, *Scores.__dataclass_fields__} - {"config"}
     assert not {name for name in wanted if f"`{name}`" not in page}
+
+
+def test_every_key_of_a_router_file_is_on_the_page() -> None:
+    from cor_vllm.overlay import HeldoutBin, OverlayConfig, RouterOverlay
+
+    page = (REFERENCE / "router-file.md").read_text(encoding="utf-8")
+    wanted = {*OverlayConfig.model_fields, *HeldoutBin.model_fields, *RouterOverlay.__dataclass_fields__}
+    assert not {name for name in wanted - {"config"} if f"`{name}`" not in page}
