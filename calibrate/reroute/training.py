@@ -26,6 +26,8 @@ PATIENCE = 5  # checks without an improvement
 NULLS = 8  # null targets of `debias`
 KL_TOKENS = 64
 CLIP = 1.0
+CONFIDENT = 0.9  # tokens that the model's own router gave this probability
+CONFIDENT_LOSS = 0.02  # nats; a weight that costs confident tokens more is not taken
 _ODD = 0x9E3779B97F4A7C1
 
 
@@ -220,9 +222,10 @@ class Training:
     def _check(self) -> bool:
         """Judge the weight on the tuning part; True if it has not improved for too long."""
         weight = rounded(self._weight, self._options.dtype)
-        change = (self._problem.executed(weight, self._tuning)[1].double() - self._base).mean().item()
+        changes = self._problem.executed(weight, self._tuning)[1].double() - self._base
+        change, confident = changes.mean().item(), changes[self._base.neg().exp() >= CONFIDENT]
         self._stale += 1
-        if change < self._best.change:
+        if change < self._best.change and not confident.mean() > CONFIDENT_LOSS:  # NaN if there are none
             self._best, self._stale = Trained(weight, self._steps, change), 0
         return self._stale >= PATIENCE
 
