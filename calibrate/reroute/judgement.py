@@ -28,11 +28,9 @@ def heldout(
     change = problem.executed(weight, rows)[1].double() - base
     documents = problem.documents[rows]
     probability = base.neg().exp()
+    inside = {name: in_bin(name, probability) for name in BINS}
     return {
-        name: _bin(
-            *(values[in_bin(name, probability)] for values in (base, change, documents)), epsilon, seed
-        )
-        for name in BINS
+        name: _bin(base[rows], change[rows], documents[rows], epsilon, seed) for name, rows in inside.items()
     }
 
 
