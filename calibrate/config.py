@@ -1,6 +1,7 @@
 """The options of a calibration: one frozen, validated object, made from the command line."""
 
 import re
+import tempfile
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -115,6 +116,23 @@ class CalibrationOptions(BaseModel):
             if values[field] is not None:
                 values[field] = Path(values[field]).name
         return values
+
+
+def check_output(output: Path) -> None:
+    """Raise a CalibrationError if the file that --output names could not be written."""
+    if output.is_dir():
+        raise CalibrationError(f"--output {output}: is a folder; give the name of a file")
+    if output.exists() and not output.is_file():  # for instance a device, which the file would replace
+        raise CalibrationError(f"--output {output}: is not a regular file; give the name of a file")
+    if not output.parent.is_dir():
+        raise CalibrationError(f"--output {output}: there is no folder {output.parent}; create it first")
+    try:
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise CalibrationError(
+            f"--output {output}: {output.parent} cannot be written to ({error.strerror})"
+        ) from None
 
 
 def parse_bytes(text: str) -> int:

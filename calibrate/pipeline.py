@@ -2,27 +2,24 @@
 
 import hashlib
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cor_vllm import scores as scores_file
-from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
+from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions, check_output
 from cor_vllm.calibrate.interventions.checks import check_baseline, check_measured
 from cor_vllm.calibrate.interventions.measurement import baseline
 from cor_vllm.calibrate.interventions.plain import PlainAlgorithm
 from cor_vllm.calibrate.interventions.state import PartialState
 from cor_vllm.calibrate.interventions.sweep import Sweep
-from cor_vllm.calibrate.model.families import eligible_experts, num_experts
+from cor_vllm.calibrate.model.families import eligible_experts
 from cor_vllm.calibrate.model.limits import host_limit, out_of_memory
-from cor_vllm.calibrate.model.loading import load_model, model_folder, read_config
+from cor_vllm.calibrate.model.loading import load_model, model_folder, model_info, read_config
 from cor_vllm.calibrate.model.memory import waiting_bytes
 from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.model.offload import Room, offload_folder, waiting_places
@@ -30,6 +27,7 @@ from cor_vllm.calibrate.result.allocation import bounds
 from cor_vllm.calibrate.result.assemble import assemble
 from cor_vllm.calibrate.text.inputs import Inputs, read_inputs
 from cor_vllm.calibrate.text.stratify import flat_mask, stratify
+from cor_vllm.commands.console import progress_bar
 from cor_vllm.fingerprint import read_routers
 from cor_vllm.metadata import ModelInfo
 from cor_vllm.scores import Scores
@@ -72,21 +70,12 @@ def calibrate(options: CalibrationOptions, console: Console) -> Scores:
         CalibrationError, FingerprintError: the calibration cannot be done or not be written, or its numbers
             mean nothing; one line says why.
     """
-    _check_output(options.output)
+    check_output(options.output)
     folder, revision = model_folder(options.model)
     config = read_config(folder)
     _check_config(options, config)
     routers = read_routers(folder)
-    info = ModelInfo(
-        name=options.model if revision else folder.resolve().name,
-        revision=revision,
-        architecture=config.architectures[0],
-        num_experts=num_experts(config),
-        top_k=config.num_experts_per_tok,
-        num_hidden_layers=config.num_hidden_layers,
-        fingerprint=routers.fingerprint,
-        routers=list(routers.info),
-    )
+    info = model_info(options.model, folder, revision, config, routers)
     inputs = read_inputs(options, folder, config.vocab_size)
 
     def say(line: str) -> None:
@@ -110,8 +99,8 @@ def _measure_and_write(
     state = PartialState(options.output, _key(options, info, inputs, model), base.losses)
     if options.algorithm == "plain":
         console.print("the plain algorithm: one forward per intervention, much slower than the sweep")
-    with _progress(console) as progress:
-        task = progress.add_task("measuring", total=None, layers="")
+    with progress_bar(console) as progress:
+        task = progress.add_task("measuring", total=None, step="")
         algorithm = ALGORITHMS[options.algorithm](
             model, options, inputs.sequences, base, strata, lambda rows: progress.advance(task, rows)
         )
@@ -145,41 +134,13 @@ def _measure_layers(
     update(total=sum(work), completed=sum(work[:finished]))
     saved, duration = time.monotonic(), 0.0
     for step in range(finished, len(work)):
-        update(layers=f"step {step + 1} of {len(work)}")
+        update(step=f"step {step + 1} of {len(work)}")
         algorithm.step(step)
         if time.monotonic() - saved >= duration * SAVE_RATIO:
             started = time.monotonic()
             state.save(algorithm.state(step + 1))
             saved = time.monotonic()
             duration = saved - started if saved - started > SAVE_FREELY else 0.0
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description} {task.fields[layers]}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-def _check_output(output: Path) -> None:
-    if output.is_dir():
-        raise CalibrationError(f"--output {output}: is a folder; give the name of a file")
-    if output.exists() and not output.is_file():  # for instance a device, which the file would replace
-        raise CalibrationError(f"--output {output}: is not a regular file; give the name of a file")
-    if not output.parent.is_dir():
-        raise CalibrationError(f"--output {output}: there is no folder {output.parent}; create it first")
-    try:
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-    except OSError as error:
-        raise CalibrationError(
-            f"--output {output}: {output.parent} cannot be written to ({error.strerror})"
-        ) from None
 
 
 def _check_config(options: CalibrationOptions, config: Any) -> None:

@@ -10,12 +10,14 @@ import torch
 
 from cor_vllm.calibrate.config import CalibrationError
 from cor_vllm.calibrate.model import limits
-from cor_vllm.calibrate.model.families import check_family
+from cor_vllm.calibrate.model.families import check_family, num_experts
 from cor_vllm.calibrate.model.layers import FOLLOWED
 from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.model.offload import Room, Weights, align, in_words, placement, weights_of
 from cor_vllm.checkpoint import FingerprintError, weight_names
 from cor_vllm.errors import first_line
+from cor_vllm.fingerprint import Routers
+from cor_vllm.metadata import ModelInfo
 
 NO_ROOM = Room()
 SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -81,6 +83,27 @@ def read_config(folder: Path) -> Any:
             f"{' and '.join(FOLLOWED)}, take the entry out"
         )
     return config
+
+
+def model_info(name: str, folder: Path, revision: str | None, config: Any, routers: Routers) -> ModelInfo:
+    """What a result's file says of the model that it belongs to.
+
+    Args:
+        name: folder or hub id, as the user gave it.
+        folder, revision: of `model_folder`.
+        config: of `read_config`.
+        routers: those of the folder.
+    """
+    return ModelInfo(
+        name=name if revision else folder.resolve().name,
+        revision=revision,
+        architecture=config.architectures[0],
+        num_experts=num_experts(config),
+        top_k=config.num_experts_per_tok,
+        num_hidden_layers=config.num_hidden_layers,
+        fingerprint=routers.fingerprint,
+        routers=list(routers.info),
+    )
 
 
 def load_model(

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from cor_vllm.calibrate.config import CalibrationError
 from cor_vllm.calibrate.model.families import Family, check_family, eligible_experts, num_experts
-from cor_vllm.calibrate.model.offload import execution_device, is_offloaded
+from cor_vllm.calibrate.model.offload import execution_device, held, is_offloaded
 from cor_vllm.calibrate.model.router import Router, Rule
 
 LOSS_ROWS = 1024  # rows of vocabulary logits that exist at one time: 0.6 GB at 150,000 words in float32
@@ -69,6 +69,14 @@ class MoeModel:
     def device(self) -> torch.device:
         """The device that input ids have to be on."""
         return execution_device(self.model.get_input_embeddings())
+
+    def router_weight(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight [N, D] and, if there is one, bias [N] of the router's logits at MoE layer `layer`, float32."""
+        module: Any = self._router_modules[layer]
+        bias = getattr(module, "bias", None)
+        with held(module):
+            weight = module.weight.detach().float().cpu().clone()
+            return weight, None if bias is None else module.bias.detach().float().cpu().clone()
 
     @property
     def offloaded(self) -> bool:

@@ -87,7 +87,7 @@ def assemble(
             budget=budget_info,
             heldout=heldout,
             serving=serving,
-            versions={name: _version(name) for name in ("cor-vllm", "torch", "transformers")},
+            versions=versions(),
         ),
     )  # fmt: skip
 
@@ -178,8 +178,9 @@ def _details(
     return details
 
 
-def _version(package: str) -> str:
-    return __version__ if package == "cor-vllm" else version(package)
+def versions() -> dict[str, str]:
+    """The versions that a result's file names."""
+    return {"cor-vllm": __version__, "torch": version("torch"), "transformers": version("transformers")}
 
 
 def _estimate(changes: torch.Tensor | None) -> tuple[float, float] | None:
