@@ -2,19 +2,18 @@
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from cor_vllm.calibrate.config import DEFAULT_CORPUS, CalibrationError
 from cor_vllm.calibrate.text.reading import Given, Row, described, read
 
 DEFAULT_CORPUS_FILE = Path(__file__).parents[1] / "data" / "default_corpus.txt"
 C4_DOCUMENTS = 2000  # the first ones of the validation split: about a million tokens
-QUESTION = "Question: {question}\nAnswer:"  # how --answers asks; a space and the answer follow
 JSON = "JSON (a list, or one value a line)"
 CORPUS_WANTED = f"plain text, or {JSON} of strings or of objects with a string `text`"
-ANSWERS_WANTED = f"{JSON} of objects with strings `question` and `answer`"
 LISTS_WANTED = f"{JSON} of lists of"
 POOL = 8  # windows are drawn from a pool of this many times the positions needed, or from all there are
 
@@ -53,27 +52,8 @@ def load_corpus(name: str) -> Corpus:
 
 def _document(given: Given, row: Row) -> str:
     if isinstance(row.value, str):
-        return _whole(given, row, row.value)
-    return _strings(given, row, "text")[0]
-
-
-def _strings(given: Given, row: Row, *keys: str) -> list[str]:
-    """The strings under `keys` of a row that is an object."""
-    if not isinstance(row.value, dict) or not all(key in row.value for key in keys):
-        given.refuse(f"{row.place} is {described(row.value)}")
-    for key in keys:
-        if not isinstance(row.value[key], str):
-            given.refuse(f"`{key}` of {row.place} is {described(row.value[key])}, not a string")
-    return [_whole(given, row, row.value[key]) for key in keys]
-
-
-def _whole(given: Given, row: Row, text: str) -> str:
-    """Return the text if a tokenizer can take it: JSON can escape half of a character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        given.refuse(f"{row.place} holds half a character, {text[error.start : error.end]!a}")
-    return text
+        return given.whole(row, row.value)
+    return given.strings(row, "text")[0]
 
 
 def _paragraphs(text: str) -> Iterator[str]:
@@ -120,12 +100,8 @@ def draw(
     Raises:
         CalibrationError: the corpus is too short.
     """
-    rng = random.Random(seed)
-    documents = list(corpus.documents)
-    rng.shuffle(documents)
-    windows = _pool(map(tokenize, documents), prefix, seq_len, POOL * sum(parts))
-    rng.shuffle(windows)
-    found = sum(len(window) - 1 for window in windows)
+    windows = draw_windows(corpus, tokenize, prefix, seq_len, sum(parts), seed)
+    found = sum(len(window.ids) - 1 for window in windows)
     supply = iter(windows)
     drawn: list[list[list[int]]] = []
     for wanted in parts:
@@ -138,69 +114,45 @@ def draw(
                     f"tokens, but {sum(parts)} are needed for calibration and held-out check; give more "
                     "text, or lower --num-tokens or --heldout-tokens"
                 )
-            sequences.append(window[: wanted + 1])
+            sequences.append(window.ids[: wanted + 1])
             wanted -= len(sequences[-1]) - 1
         drawn.append(sequences)
     return drawn
 
 
-def _pool(documents: Iterable[list[int]], prefix: list[int], seq_len: int, positions: int) -> list[list[int]]:
-    body = seq_len - len(prefix)
-    windows: list[list[int]] = []
-    for ids in documents:
-        windows += [prefix + ids[start : start + body] for start in range(0, len(ids), body)]
-        windows = [window for window in windows if len(window) >= 2]
-        if sum(len(window) - 1 for window in windows) >= positions:
-            break
-    return windows
+class Window(NamedTuple):
+    """Consecutive tokens of one document."""
+
+    document: int  # its number in the corpus
+    ids: list[int]  # the prefix included
 
 
-def read_answers(path: Path) -> tuple[list[tuple[str, str]], str]:
-    """Read `--answers`: (question, answer) of every record of a JSON file, and the file's SHA-256.
+def draw_windows(
+    corpus: Corpus, tokenize: Tokenize, prefix: list[int], seq_len: int, positions: int, seed: int
+) -> list[Window]:
+    """Cut documents into windows, in an order drawn from `seed`.
 
-    Raises:
-        CalibrationError: the file cannot be read, or a record is not an object with both, neither empty.
-    """
-    given = read(path, "--answers", ANSWERS_WANTED)
-    items = []
-    for row in given.rows():
-        question, answer = (value.strip() for value in _strings(given, row, "question", "answer"))
-        if not (question and answer):
-            given.refuse(f"{row.place} has an empty `{'answer' if question else 'question'}`")
-        items.append((question, answer))
-    return items, given.sha256
-
-
-def draw_answers(
-    items: Sequence[tuple[str, str]], tokenize: Tokenize, prefix: list[int], wanted: int, seed: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Take question-answer pairs, in an order drawn from `seed`, until they have `wanted` positions.
+    Args:
+        corpus, tokenize, prefix, seq_len, seed: as `draw` has them.
+        positions: how many are wanted; the windows hold POOL times as many, or all that there are.
 
     Returns:
-        The sequences, and for each the positions that predict the answer's tokens.
-
-    Raises:
-        CalibrationError: there are too few pairs.
+        Windows of 2 to `seq_len` tokens, shuffled over all documents.
     """
-    order = list(items)
-    random.Random(seed).shuffle(order)
-    sequences: list[list[int]] = []
-    positions: list[list[int]] = []
-    found = 0
-    for question, answer in order:
-        if found >= wanted:
+    rng = random.Random(seed)
+    documents = list(enumerate(corpus.documents))
+    rng.shuffle(documents)
+    body, found = seq_len - len(prefix), 0
+    windows: list[Window] = []
+    for number, text in documents:
+        ids = tokenize(text)
+        cut = [prefix + ids[start : start + body] for start in range(0, len(ids), body)]
+        windows += [Window(number, window) for window in cut if len(window) >= 2]
+        found += sum(max(len(window) - 1, 0) for window in cut)
+        if found >= POOL * positions:
             break
-        asked = prefix + tokenize(QUESTION.format(question=question))
-        sequence = asked + tokenize(f" {answer}")
-        sequences.append(sequence)
-        positions.append(list(range(len(asked) - 1, len(sequence) - 1)))
-        found += len(sequence) - 1
-    if found < wanted:
-        raise CalibrationError(
-            f"--answers: the {len(order)} questions hold {found} positions, {wanted} are wanted; give more "
-            "questions, or lower --num-tokens"
-        )
-    return sequences, positions
+    rng.shuffle(windows)
+    return windows
 
 
 def read_token_ids(path: Path, vocab_size: int) -> tuple[list[list[int]], str]:

@@ -7,12 +7,11 @@ from cor_vllm.calibrate.config import DEFAULT_CORPUS, CalibrationError, Calibrat
 from cor_vllm.calibrate.model.loading import load_tokenizer
 from cor_vllm.calibrate.text.corpus import (
     draw,
-    draw_answers,
     load_corpus,
-    read_answers,
     read_positions,
     read_token_ids,
 )
+from cor_vllm.calibrate.text.pairs import draw_answers, read_answers
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,14 +42,14 @@ def read_inputs(options: CalibrationOptions, folder: Path, vocab_size: int) -> I
         CalibrationError: the input cannot be read, is malformed, or is too short.
     """
     if options.answers is not None:
-        tokenizer = _Tokenizer(folder)
+        tokenizer = Tokenizer(folder)
         items, sha256 = read_answers(options.answers)
         sequences, hard = draw_answers(items, tokenizer, tokenizer.prefix, options.num_tokens, options.seed)
         inputs = Inputs(options.answers.name, sha256, sequences, hard, [], [])
         return _with_heldout(inputs, options, tokenizer)
     if options.token_ids is None:
         corpus = load_corpus(options.corpus or DEFAULT_CORPUS)
-        tokenizer = _Tokenizer(folder)
+        tokenizer = Tokenizer(folder)
         parts = [options.num_tokens, *_heldout_parts(options)]
         sequences, tuning, heldout = draw(
             corpus, tokenizer, tokenizer.prefix, options.seq_len, parts, options.seed
@@ -59,10 +58,10 @@ def read_inputs(options: CalibrationOptions, folder: Path, vocab_size: int) -> I
     sequences, sha256 = read_token_ids(options.token_ids, vocab_size)
     given = read_positions(options.positions, sequences) if options.positions else None
     inputs = Inputs(options.token_ids.name, sha256, sequences, given, [], [])
-    return _with_heldout(inputs, options, _Tokenizer(folder)) if options.heldout_corpus else inputs
+    return _with_heldout(inputs, options, Tokenizer(folder)) if options.heldout_corpus else inputs
 
 
-def _with_heldout(inputs: Inputs, options: CalibrationOptions, tokenizer: "_Tokenizer") -> Inputs:
+def _with_heldout(inputs: Inputs, options: CalibrationOptions, tokenizer: "Tokenizer") -> Inputs:
     if options.heldout_corpus is None:
         return inputs
     corpus = load_corpus(options.heldout_corpus)
@@ -78,7 +77,16 @@ def _heldout_parts(options: CalibrationOptions) -> list[int]:
     return [half, options.heldout_tokens - half]
 
 
-class _Tokenizer:
+class Tokenizer:
+    """Text → token ids without special tokens.
+
+    Args:
+        folder: the model's folder.
+
+    Raises:
+        CalibrationError: it has no usable tokenizer.
+    """
+
     def __init__(self, folder: Path) -> None:
         try:
             self._tokenizer = load_tokenizer(folder)

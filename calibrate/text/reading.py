@@ -126,6 +126,23 @@ class Given:
             rows.append(Row(f"line {number}", value))
         return rows
 
+    def strings(self, row: Row, *keys: str) -> list[str]:
+        """The strings under `keys` of a row that is an object; every other row is refused."""
+        if not isinstance(row.value, dict) or not all(key in row.value for key in keys):
+            self.refuse(f"{row.place} is {described(row.value)}")
+        for key in keys:
+            if not isinstance(row.value[key], str):
+                self.refuse(f"`{key}` of {row.place} is {described(row.value[key])}, not a string")
+        return [self.whole(row, row.value[key]) for key in keys]
+
+    def whole(self, row: Row, text: str) -> str:
+        """Return the text if a tokenizer can take it: JSON can escape half of a character."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            self.refuse(f"{row.place} holds half a character, {text[error.start : error.end]!a}")
+        return text
+
     def _refuse_json(self, error: Any, first: int) -> NoReturn:
         """Refuse with the `error` of `_parsed`; `first` is the number in the file of the error's line 1."""
         if not isinstance(error, json.JSONDecodeError):

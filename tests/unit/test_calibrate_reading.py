@@ -25,10 +25,10 @@ from cor_vllm.calibrate.config import CalibrationError
 from cor_vllm.calibrate.text.corpus import (
     CORPUS_WANTED,
     load_corpus,
-    read_answers,
     read_positions,
     read_token_ids,
 )
+from cor_vllm.calibrate.text.pairs import read_answers
 from cor_vllm.calibrate.text.reading import read, shown
 
 DOCUMENTS = ["Das Wort.", "Wer\n\nfragt?", "[1] \u2028é\ud55c"]
