@@ -22,6 +22,7 @@ from cor_vllm.tensor_file import Kind
 FORMAT = "cor-router/1"
 MAX_DRIFT = 10.0  # a router that moved by more than this is no update of the one that it is compared with
 _REMEDY = "write it again with `cor-vllm reroute`"
+DtypeName = Literal["float32", "bfloat16", "float16"]
 _SERVE_WITHOUT = "serve without --cor-router"
 
 
@@ -68,7 +69,7 @@ class OverlayConfig(Section):
     """The `config` object of a router file (docs/reference/router-file.md)."""
 
     model: ModelInfo  # the model whose router it replaces, with the routers of all layers
-    dtype: Literal["float32", "bfloat16", "float16"]  # that the weight was rounded to and is served in
+    dtype: DtypeName  # that the weight was rounded to and is served in
     training: TrainingInfo
     heldout: dict[str, HeldoutBin]  # "all", and by the model's own probability of the token
     diagnostics: dict[str, float]

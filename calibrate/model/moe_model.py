@@ -71,7 +71,7 @@ class MoeModel:
         return execution_device(self.model.get_input_embeddings())
 
     def router_weight(self, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight [N, D] and, if there is one, bias [N] of the router's logits at MoE layer `layer`, float32."""
+        """Weight [N, D] of the router of MoE layer `layer`, and its bias [N] if it has one, float32."""
         module: Any = self._router_modules[layer]
         bias = getattr(module, "bias", None)
         with held(module):

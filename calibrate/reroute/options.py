@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Literal
 
-from cor_vllm.calibrate.routes.options import TextOptions
 from pydantic import Field, field_validator
 
 from cor_vllm.calibrate.config import parse_bytes
 from cor_vllm.calibrate.reroute.training import Candidate, Objective
 from cor_vllm.calibrate.routes.draw import DrawOptions
+from cor_vllm.calibrate.routes.options import TextOptions
 
 RATES = (3e-5, 3e-4)
 KL_WEIGHTS = (0.0, 1.0)

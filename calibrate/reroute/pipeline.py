@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import torch
-from cor_vllm.calibrate.routes.text import check_lengths, read_scored_text
 from rich.console import Console
 
 from cor_vllm import overlay
@@ -22,11 +21,12 @@ from cor_vllm.calibrate.reroute.training import Candidate, Trained, Training, Tr
 from cor_vllm.calibrate.result.assemble import versions
 from cor_vllm.calibrate.routes.closed_form import TOKENS, LastLayer
 from cor_vllm.calibrate.routes.standard import LastInputs, ScoredText, read_standard
+from cor_vllm.calibrate.routes.text import check_lengths, read_scored_text
 from cor_vllm.calibrate.routes.utilities import Standard
 from cor_vllm.commands.console import progress_bar
 from cor_vllm.fingerprint import read_routers
 from cor_vllm.metadata import ModelInfo
-from cor_vllm.overlay import OverlayConfig, RouterOverlay, TrainingInfo
+from cor_vllm.overlay import DtypeName, OverlayConfig, RouterOverlay, TrainingInfo
 from cor_vllm.version import __version__
 
 
@@ -76,6 +76,14 @@ def reroute(options: RerouteOptions, console: Console) -> RouterOverlay:
     return result
 
 
+def dtype_name(dtype: torch.dtype) -> DtypeName:
+    """The name of a dtype in a router file."""
+    names: dict[torch.dtype, DtypeName] = {
+        torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"
+    }  # fmt: skip
+    return names[dtype]
+
+
 def served_dtype(options: RerouteOptions, config: Any) -> torch.dtype:
     """The dtype that the server keeps the router in: as `vllm serve --dtype auto` chooses it."""
     if options.served_dtype != "auto":
@@ -94,8 +102,8 @@ def read_problem(model: MoeModel, text: ScoredText, options: RerouteOptions) -> 
     standard, inputs = read_standard(model, text, options.seed, nulls=0)
     if inputs is None:
         raise CalibrationError(
-            f"{model.config.architectures[0]}: the last decoder layer has no experts, so what its last router "
-            "does cannot be computed without the layers behind it; this model is not supported"
+            f"{model.config.architectures[0]}: the last decoder layer has no experts, and only the router of "
+            "that layer can be trained without running the layers behind it"
         )
     if model.offloaded:
         raise CalibrationError("the weights do not fit into memory; give --dtype bfloat16, or --device cpu")
@@ -146,9 +154,8 @@ def _train(
     candidates = options.candidates()
     best = candidates[0], Trained(rounded(problem.weight, training.dtype), 0, 0.0)
     with progress_bar(console) as progress:
-        task = progress.add_task(
-            "training", total=(len(candidates) - 1) * len(parts.train) * options.epochs, step=""
-        )
+        work = len(parts.train) * options.epochs  # of one candidate
+        task = progress.add_task("training", total=(len(candidates) - 1) * work, step="")
         for number, candidate in enumerate(candidates[1:], start=1):
             progress.update(task, step=str(candidate))
             if f"{number}/weight" not in tensors:
@@ -159,7 +166,7 @@ def _train(
                 tensors |= _as_tensors(number, trained)
                 state.save(tensors)
             trained = _from_tensors(number, tensors)
-            progress.update(task, completed=number * len(parts.train) * options.epochs)
+            progress.update(task, completed=number * work)
             progress.console.print(
                 f"{candidate}: {trained.change:+.5f} nats on the tuning part after {trained.steps} steps",
                 highlight=False,
@@ -198,7 +205,7 @@ def _result(
     table = heldout(problem, best.weight, parts.report, training.epsilon, options.seed)
     config = OverlayConfig(
         model=info,
-        dtype=str(training.dtype).removeprefix("torch."),
+        dtype=dtype_name(training.dtype),
         training=_training_info(options, chosen, best, problem, parts, text),
         heldout=table,
         diagnostics={"epsilon": training.epsilon, "tuning_change": best.change}
@@ -211,10 +218,9 @@ def _result(
     if not drift:
         return result
     control = overlay.random_like(result, problem.weight, options.seed).weight
-    figures = {
-        "change": heldout(problem, control, parts.report, training.epsilon, options.seed)["all"].change or 0.0
-    }
-    figures |= diagnostics(problem, control, parts.report, training)
+    change = heldout(problem, control, parts.report, training.epsilon, options.seed)["all"].change
+    assert change is not None, "the split leaves positions for the report"
+    figures = {"change": change} | diagnostics(problem, control, parts.report, training)
     added = config.diagnostics | {f"random_{name}": value for name, value in figures.items()}
     return dataclasses.replace(result, config=config.model_copy(update={"diagnostics": added}))
 
