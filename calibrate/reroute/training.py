@@ -86,8 +86,8 @@ class Trained:
 
 
 def rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The float32 values that a weight has once it was stored in `dtype`."""
-    return weight.detach().to(dtype).float()
+    """The float32 values that a weight has once it was stored in `dtype`, in memory of their own."""
+    return weight.detach().to(dtype).float().clone()
 
 
 def find_pairs(

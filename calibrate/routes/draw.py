@@ -115,12 +115,20 @@ def draw_routes(
     noise = uniform_noise(keys, layer, options.routes, pool)
     drawn = draw_ranks(pool_scores, noise, router.top_k, options.temperature)
     standard = torch.arange(router.top_k).expand(len(pool), 1, -1)  # the first of the pool, which is sorted
-    return _routes(router, probs, pool_scores, pool, torch.cat([standard, drawn], dim=1))
+    return routes_of(router, probs, pool_scores, pool, torch.cat([standard, drawn], dim=1))
 
 
-def _routes(
+def routes_of(
     router: Router, probs: torch.Tensor, pool_scores: torch.Tensor, pool: torch.Tensor, ranks: torch.Tensor
 ) -> Routes:
+    """Routes whose experts are known.
+
+    Args:
+        router: of the layer.
+        probs: [T, N] float32 of all experts.
+        pool_scores, pool: [T, P] float32 scores and int64 ids of the pool.
+        ranks: [T, 1+G, k] int64, positions in the pool; route 0 has to be the standard one.
+    """
     routes = ranks.shape[1]
 
     def of_pool(values: torch.Tensor) -> torch.Tensor:
