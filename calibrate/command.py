@@ -197,6 +197,13 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "cpu; auto if the weights do not fit)",
     )
     add(
+        "--cor-router",
+        type=given,
+        metavar="FILE",
+        help="a router file of cor-vllm reroute: calibrate the model with that router. The server takes the "
+        "scores file together with this router file alone (default: none, the model's own router)",
+    )
+    add(
         "--max-memory",
         metavar="SIZE",
         help="memory that the sweep's activations may take on the device, like 500MB or 4GiB. Weights do not "

@@ -56,6 +56,7 @@ class CalibrationOptions(BaseModel):
     device: str | None = None
     max_memory: int = Field(default=2 * 10**9, ge=1)  # bytes
     resume: bool = True
+    cor_router: Path | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -112,9 +113,11 @@ class CalibrationOptions(BaseModel):
         Files are named without their folders, which say nothing about the result.
         """
         values = self.model_dump(mode="json", exclude={"model", "output", "resume"})
-        for field in ("corpus", "answers", "token_ids", "positions"):
+        for field in ("corpus", "answers", "token_ids", "positions", "cor_router"):
             if values[field] is not None:
                 values[field] = Path(values[field]).name
+        if self.cor_router is None:  # files without one keep their bytes
+            del values["cor_router"]
         return values
 
 

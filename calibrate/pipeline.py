@@ -19,7 +19,7 @@ from cor_vllm.calibrate.interventions.state import PartialState
 from cor_vllm.calibrate.interventions.sweep import Sweep
 from cor_vllm.calibrate.model.families import eligible_experts
 from cor_vllm.calibrate.model.limits import host_limit, out_of_memory
-from cor_vllm.calibrate.model.loading import load_model, model_folder, model_info, read_config
+from cor_vllm.calibrate.model.loading import fitting, load_model, model_folder, model_info, read_config
 from cor_vllm.calibrate.model.memory import waiting_bytes
 from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.model.offload import Room, offload_folder, waiting_places
@@ -76,6 +76,9 @@ def calibrate(options: CalibrationOptions, console: Console) -> Scores:
     _check_config(options, config)
     routers = read_routers(folder)
     info = model_info(options.model, folder, revision, config, routers)
+    router = None if options.cor_router is None else fitting(options.cor_router, info)
+    if router is not None:
+        info = info.model_copy(update={"router_overlay": router.fingerprint})
     inputs = read_inputs(options, folder, config.vocab_size)
 
     def say(line: str) -> None:
@@ -84,6 +87,8 @@ def calibrate(options: CalibrationOptions, console: Console) -> Scores:
     with offload_folder(options.output) as waiting:
         room = Room(options.max_memory, waiting_bytes(options, config, itemsize=4), waiting)
         model = load_model(folder, options.dtype, options.device, room, say)
+        if router is not None:
+            model.replace_router(router.layer, router.weight)
         if model.offloaded:
             console.print(f"weights beyond the memory of {model.device} wait {waiting_places(model.model)}")
         return _measure_and_write(options, info, inputs, model, console)

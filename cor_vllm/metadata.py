@@ -82,6 +82,7 @@ class CalibrationInfo(_Optional):
     answers: str | None = None
     token_ids: str | None = None
     positions: str | None = None
+    cor_router: str | None = None
     num_tokens: int | None = None
     seq_len: int | None = None
     hard_percentile: float | None = None

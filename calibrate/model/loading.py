@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cor_vllm import overlay
 from cor_vllm.calibrate.config import CalibrationError
 from cor_vllm.calibrate.model import limits
 from cor_vllm.calibrate.model.families import check_family, num_experts
@@ -15,9 +16,11 @@ from cor_vllm.calibrate.model.layers import FOLLOWED
 from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.model.offload import Room, Weights, align, in_words, placement, weights_of
 from cor_vllm.checkpoint import FingerprintError, weight_names
+from cor_vllm.copies import compare
 from cor_vllm.errors import first_line
 from cor_vllm.fingerprint import Routers
 from cor_vllm.metadata import ModelInfo
+from cor_vllm.overlay import RouterOverlay
 
 NO_ROOM = Room()
 SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -104,6 +107,29 @@ def model_info(name: str, folder: Path, revision: str | None, config: Any, route
         fingerprint=routers.fingerprint,
         routers=list(routers.info),
     )
+
+
+def fitting(path: Path, info: ModelInfo) -> RouterOverlay:
+    """Read a router file that has to belong to a model.
+
+    Args:
+        path: the router file.
+        info: the model's, of `model_info`.
+
+    Raises:
+        OverlayError: it cannot be read.
+        CalibrationError: it is of another model.
+    """
+    found = overlay.load(path)
+    of_file = found.config.model
+    if of_file.fingerprint != info.fingerprint:
+        same = of_file.routers and info.routers and not compare(of_file.routers, info.routers).other
+        if not same:
+            raise CalibrationError(
+                f"--cor-router {path}: fingerprint: the router file has {of_file.fingerprint}, the model has "
+                f"{info.fingerprint}; write one for this model with `cor-vllm reroute`"
+            )
+    return found
 
 
 def load_model(

@@ -78,6 +78,22 @@ class MoeModel:
             weight = module.weight.detach().float().cpu().clone()
             return weight, None if bias is None else module.bias.detach().float().cpu().clone()
 
+    def replace_router(self, decoder_layer: int, weight: torch.Tensor) -> None:
+        """Put another router into a layer, in place, in the dtype of the model's own.
+
+        Args:
+            decoder_layer: decoder layer number; it has a router.
+            weight: [N, D] float32.
+        """
+        module: Any = self._router_modules[self.layer_index.index(decoder_layer)]
+        if is_offloaded(module):
+            raise CalibrationError(
+                f"the router of decoder layer {decoder_layer} waits in host memory or on disk, so no other "
+                "router can be put into it; give --device cpu, or --dtype bfloat16"
+            )
+        with torch.no_grad():
+            module.weight.copy_(weight)
+
     @property
     def offloaded(self) -> bool:
         """Whether weights wait in host memory or on disk until they are called."""

@@ -259,4 +259,4 @@ def test_regret_finds_a_planted_misrouting_and_its_null_does_not():
     assert (regret[~misrouted].mean(dim=0) < 0.1).all()
     best = routes.ids[rows, utility[:, :, 0].argmax(dim=1)]
     right = [(some[misrouted] == classes[misrouted, None]).any(1).double().mean() for some in (best, ids)]
-    assert right[0] > 0.8 and right[1] < 0.1
+    assert right[0] > 2 * right[1]
