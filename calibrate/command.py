@@ -4,7 +4,6 @@ import argparse
 import sys
 
 from cor_vllm.commands.arguments import given
-from cor_vllm.errors import invalid
 
 
 def add_calibrate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
@@ -218,28 +217,15 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def run_calibrate(args: argparse.Namespace) -> int:
     """Calibrate, write the file, and print what its user should know about it."""
-    import torch
-    from pydantic import ValidationError
-
-    from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
+    from cor_vllm.calibrate.config import CalibrationOptions, options_of
+    from cor_vllm.calibrate.model.limits import device_memory_errors
     from cor_vllm.calibrate.pipeline import calibrate
     from cor_vllm.calibrate.result.show import better_flags, warnings
     from cor_vllm.commands.console import Terminal
 
-    values = {name: value for name, value in vars(args).items() if name not in ("handler", "rest")}
-    try:
-        options = CalibrationOptions(**values)
-    except ValidationError as error:
-        where, message, _ = invalid(error)
-        option = "".join(f"--{part.replace('_', '-')}: " for part in where)
-        raise CalibrationError(option + message) from None
-    try:
+    options = options_of(CalibrationOptions, args)
+    with device_memory_errors():
         scores = calibrate(options, Terminal(stderr=True))
-    except torch.OutOfMemoryError:
-        raise CalibrationError(
-            "the device ran out of memory; try a smaller --max-memory, --dtype bfloat16, a shorter "
-            "--seq-len, --device auto or --device cpu"
-        ) from None
     for line in warnings(scores):
         print(f"warning: {line}", file=sys.stderr)
     for setting in better_flags(scores):

@@ -1,17 +1,19 @@
 """The options of a calibration: one frozen, validated object, made from the command line."""
 
+import argparse
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cor_vllm.errors import CorError
+from cor_vllm.errors import CorError, invalid
 
 DEFAULT_CORPUS = "default"
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+Options = TypeVar("Options", bound=BaseModel)
 Ablation = Literal["backfill", "drop"]
 PerturbTarget = Literal["moe", "layer"]
 Scope = Literal["token", "sequence"]
@@ -136,6 +138,22 @@ def check_output(output: Path) -> None:
         raise CalibrationError(
             f"--output {output}: {output.parent} cannot be written to ({error.strerror})"
         ) from None
+
+
+def options_of(kind: type[Options], args: argparse.Namespace) -> Options:
+    """The options of a command out of its arguments.
+
+    Raises:
+        CalibrationError: one of them cannot be; one line with its flag.
+    """
+    # Named one by one: a flag without a field must not go unnoticed.
+    own = {name: value for name, value in vars(args).items() if name not in ("handler", "rest", "json")}
+    try:
+        return kind(**own)
+    except ValidationError as error:
+        where, message, _ = invalid(error)
+        option = f"--{where[0].replace('_', '-')}: " if where else ""
+        raise CalibrationError(option + message) from None
 
 
 def parse_bytes(text: str) -> int:

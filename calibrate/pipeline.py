@@ -2,12 +2,8 @@
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from cor_vllm import scores as scores_file
@@ -15,10 +11,10 @@ from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions, chec
 from cor_vllm.calibrate.interventions.checks import check_baseline, check_measured
 from cor_vllm.calibrate.interventions.measurement import baseline
 from cor_vllm.calibrate.interventions.plain import PlainAlgorithm
-from cor_vllm.calibrate.interventions.state import PartialState
+from cor_vllm.calibrate.interventions.state import PartialState, run_steps
 from cor_vllm.calibrate.interventions.sweep import Sweep
 from cor_vllm.calibrate.model.families import eligible_experts
-from cor_vllm.calibrate.model.limits import host_limit, out_of_memory
+from cor_vllm.calibrate.model.limits import memory_errors
 from cor_vllm.calibrate.model.loading import fitting, load_model, model_folder, model_info, read_config
 from cor_vllm.calibrate.model.memory import waiting_bytes
 from cor_vllm.calibrate.model.moe_model import MoeModel
@@ -33,23 +29,7 @@ from cor_vllm.metadata import ModelInfo
 from cor_vllm.scores import Scores
 from cor_vllm.version import __version__
 
-SAVE_FREELY = 1.0  # seconds: a state that is written faster than this is written after every step
-SAVE_RATIO = 10  # a slower one is written once the work since has taken this many times as long
 ALGORITHMS: dict[str, type[Sweep] | type[PlainAlgorithm]] = {"sweep": Sweep, "plain": PlainAlgorithm}
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Inside, a refusal of host memory becomes one line; the command itself reports a CUDA device's."""
-    try:
-        yield
-    except (MemoryError, OSError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or not out_of_memory(error):
-            raise
-        raise CalibrationError(
-            f"host memory ran out {host_limit().name}; give more, or try --device auto, --dtype bfloat16, or "
-            "a smaller --max-memory, --num-tokens or --seq-len"
-        ) from error
 
 
 @memory_errors()
@@ -109,13 +89,13 @@ def _measure_and_write(
         algorithm = ALGORITHMS[options.algorithm](
             model, options, inputs.sequences, base, strata, lambda rows: progress.advance(task, rows)
         )
-        finished = 0
-        if options.resume:
-            tensors, note = state.load()
-            finished = algorithm.restore(tensors)
-            if note:
-                console.print(note, highlight=False)
-        _measure_layers(algorithm, finished, state, lambda **values: progress.update(task, **values))
+        run_steps(
+            algorithm,
+            state,
+            options.resume,
+            lambda **values: progress.update(task, **values),
+            lambda line: console.print(line, highlight=False),
+        )
     check_measured(model, algorithm.result())
     console.print(
         "checking the result on held-out text" if inputs.heldout else "no held-out text to check on"
@@ -130,22 +110,6 @@ def _measure_and_write(
         ) from None
     state.remove()
     return result
-
-
-def _measure_layers(
-    algorithm: PlainAlgorithm | Sweep, finished: int, state: PartialState, update: Callable[..., None]
-) -> None:
-    work = algorithm.work()
-    update(total=sum(work), completed=sum(work[:finished]))
-    saved, duration = time.monotonic(), 0.0
-    for step in range(finished, len(work)):
-        update(step=f"step {step + 1} of {len(work)}")
-        algorithm.step(step)
-        if time.monotonic() - saved >= duration * SAVE_RATIO:
-            started = time.monotonic()
-            state.save(algorithm.state(step + 1))
-            saved = time.monotonic()
-            duration = saved - started if saved - started > SAVE_FREELY else 0.0
 
 
 def _check_config(options: CalibrationOptions, config: Any) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cor_vllm.calibrate.command import add_calibrate, run_calibrate
+from cor_vllm.calibrate.reroute.command import add_reroute, run_reroute
+from cor_vllm.calibrate.routes.command import add_analyse, run_analyse
 from cor_vllm.commands import exits
 from cor_vllm.commands.arguments import given, path
 from cor_vllm.evaluate.command import add_evaluate, add_tune, run_evaluate, run_tune
@@ -45,6 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cor-vllm {__version__}")
     commands: Any = parser.add_subparsers(required=True, metavar="COMMAND")
     add_calibrate(commands).set_defaults(handler=run_calibrate)
+    add_analyse(commands).set_defaults(handler=run_analyse)
+    add_reroute(commands).set_defaults(handler=run_reroute)
     _add_show(commands)
     _add_plot(commands)
     _add_verify(commands)
@@ -64,7 +68,7 @@ def _command(argv: Sequence[str] | None) -> int:
     try:
         return handler(args)
     except (KeyboardInterrupt, exits.Terminated) as stop:
-        if handler in (run_calibrate, run_evaluate, run_tune):
+        if handler in (run_analyse, run_calibrate, run_evaluate, run_reroute, run_tune):
             stop.add_note("the same command goes on from where it stopped")
         raise
 
@@ -72,26 +76,30 @@ def _command(argv: Sequence[str] | None) -> int:
 def _add_show(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "show",
-        help="print a scores file",
+        help="print a scores file or a router file",
         description="Print what a scores file holds: R_l, k_l, CEI and dormant experts by layer, how many "
         "slots λ changes, and the held-out check. A dormant expert has less than an even share of the "
-        "router's probability, but a CEI in the upper half of its layer and above 0.",
+        "router's probability, but a CEI in the upper half of its layer and above 0. Of a router file: how "
+        "it was trained, the held-out check, and what became of the routes.",
     )
     parser.set_defaults(handler=_show)
-    parser.add_argument("scores", type=given, metavar="FILE", help="a scores file")
+    parser.add_argument("file", type=given, metavar="FILE", help="a scores file or a router file")
     parser.add_argument("--json", action="store_true", help="JSON on stdout instead of tables")
 
 
 def _show(args: argparse.Namespace) -> int:
+    from cor_vllm import overlay, scores
+    from cor_vllm.calibrate.reroute.show import overlay_as_json, print_overlay
     from cor_vllm.calibrate.result.show import as_json, print_scores
     from cor_vllm.commands.console import Terminal
-    from cor_vllm.scores import load
 
-    scores = load(args.scores)
-    if args.json:
-        print(as_json(scores))
-    else:
-        print_scores(scores, Terminal())
+    data = scores.read_bytes(args.file)
+    if overlay.is_overlay(data):
+        router = overlay.parse(data, args.file)
+        print(overlay_as_json(router)) if args.json else print_overlay(router, Terminal())
+        return 0
+    found = scores.parse(data, args.file)
+    print(as_json(found)) if args.json else print_scores(found, Terminal())
     return 0
 
 

@@ -156,6 +156,11 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     return _KIND.read_bytes(path)
 
 
+def is_overlay(data: bytes) -> bool:
+    """Whether the bytes of a file say that they are a router file, of any version."""
+    return _KIND.is_format_of(data)
+
+
 def parse(data: bytes, name: str) -> RouterOverlay:
     """Decode and validate the bytes of a router file; `name` stands in the error messages."""
     tensors, config = _KIND.parse(data, name)

@@ -84,6 +84,15 @@ class Kind(Generic[Config]):
                 raise self.error(f"{name}: {field}: missing; {self.remedy}")
         return {field: tensors[field] for field in self.dtypes}, config
 
+    def is_format_of(self, data: bytes) -> bool:
+        """Whether a file says that it has this format, of any version."""
+        try:
+            metadata = self._header(data, "").get("__metadata__")
+        except CorError:
+            return False
+        found = metadata.get("format") if isinstance(metadata, dict) else None
+        return str(found).startswith(f"{self.format.partition('/')[0]}/")
+
     def check_dtypes(self, tensors: Mapping[str, torch.Tensor], name: str) -> None:
         """Raise an error with the first tensor that has another dtype than the format says."""
         for field, dtype in self.dtypes.items():

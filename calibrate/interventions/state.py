@@ -1,8 +1,10 @@
 """Keeps the state after each finished step in `<output>.partial`, from which a killed run is resumed."""
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -11,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from cor_vllm.calibrate.config import CalibrationError
 
 FORMAT = "cor-partial/1"
+SAVE_FREELY = 1.0  # seconds: a state that is written faster than this is written after every step
+SAVE_RATIO = 10  # a slower one is written once the work since has taken this many times as long
 BASELINE_TOLERANCE = 1e-3  # nats; other weights under the same routers differ by more
 
 
@@ -74,3 +78,53 @@ class PartialState:
 def partial_path(output: Path) -> Path:
     """Where the state of a calibration into `output` lies."""
     return output.with_name(f"{output.name}.partial")
+
+
+class Steps(Protocol):
+    """A measurement that is made step by step."""
+
+    def work(self) -> Sequence[int]:
+        """How much each step has to do, in units of progress."""
+
+    def step(self, index: int) -> None:
+        """Do one step."""
+
+    def state(self, steps: int) -> Mapping[str, torch.Tensor]:
+        """What `restore` needs to go on after so many steps."""
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> int:
+        """Take up a saved state and return the number of finished steps."""
+
+
+def run_steps(
+    steps: Steps,
+    state: PartialState,
+    resume: bool,
+    update: Callable[..., None],
+    say: Callable[[str], None],
+) -> None:
+    """Do all steps that are not done yet, and keep the state on the way.
+
+    Args:
+        steps: the measurement.
+        state: where its state is kept.
+        resume: go on from the state that is there.
+        update: is called with `total` and `completed` units of work, and with `step` in words.
+        say: is given one line about the state if there was any.
+    """
+    work, finished = steps.work(), 0
+    if resume:
+        tensors, note = state.load()
+        finished = steps.restore(tensors)
+        if note:
+            say(note)
+    update(total=sum(work), completed=sum(work[:finished]))
+    saved, duration = time.monotonic(), 0.0
+    for index in range(finished, len(work)):
+        update(step=f"step {index + 1} of {len(work)}")
+        steps.step(index)
+        if time.monotonic() - saved >= duration * SAVE_RATIO:
+            started = time.monotonic()
+            state.save(steps.state(index + 1))
+            saved = time.monotonic()
+            duration = saved - started if saved - started > SAVE_FREELY else 0.0

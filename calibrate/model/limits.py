@@ -11,10 +11,13 @@ import errno
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
+
+from cor_vllm.calibrate.config import CalibrationError
 
 ROOT = Path("/")
 REFUSALS = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "can't start new thread")
@@ -50,6 +53,32 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return any(words in str(error) for words in REFUSALS)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Inside, a refusal of host memory becomes one line; the command itself reports a CUDA device's."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or not out_of_memory(error):
+            raise
+        raise CalibrationError(
+            f"host memory ran out {host_limit().name}; give more, or try --device auto, --dtype bfloat16, or "
+            "a smaller --max-memory, --num-tokens or --seq-len"
+        ) from error
+
+
+@contextmanager
+def device_memory_errors() -> Iterator[None]:
+    """Inside, a device that runs out of memory becomes one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise CalibrationError(
+            "the device ran out of memory; try a smaller --max-memory, --dtype bfloat16, a shorter "
+            "--seq-len, --device auto or --device cpu"
+        ) from None
 
 
 def _machine(root: Path) -> Limit:

@@ -4,9 +4,7 @@ import argparse
 import sys
 
 from cor_vllm.calibrate.routes.command import add_text_options
-
 from cor_vllm.commands.arguments import given
-from cor_vllm.errors import invalid
 
 
 def add_reroute(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
@@ -120,22 +118,16 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def run_reroute(args: argparse.Namespace) -> int:
     """Train, write the file, and print what its user should know about it."""
-    from pydantic import ValidationError
-
-    from cor_vllm.calibrate.config import CalibrationError
+    from cor_vllm.calibrate.config import options_of
+    from cor_vllm.calibrate.model.limits import device_memory_errors
     from cor_vllm.calibrate.reroute.options import RerouteOptions
     from cor_vllm.calibrate.reroute.pipeline import reroute
     from cor_vllm.calibrate.reroute.show import print_overlay
     from cor_vllm.commands.console import Terminal
 
-    values = {name: value for name, value in vars(args).items() if name not in ("handler", "rest")}
-    try:
-        options = RerouteOptions(**values)
-    except ValidationError as error:
-        where, message, _ = invalid(error)
-        option = "".join(f"--{part.replace('_', '-')}: " for part in where)
-        raise CalibrationError(option + message) from None
-    overlay = reroute(options, Terminal(stderr=True))
+    options = options_of(RerouteOptions, args)
+    with device_memory_errors():
+        overlay = reroute(options, Terminal(stderr=True))
     print_overlay(overlay, Terminal())
     print(f"wrote {options.output}; serve it with: vllm serve {options.model} --cor-router {options.output}")
     if overlay.config.training.objective == "none":

@@ -11,6 +11,7 @@ from rich.console import Console
 from cor_vllm import overlay
 from cor_vllm.calibrate.config import CalibrationError, check_output
 from cor_vllm.calibrate.interventions.state import PartialState
+from cor_vllm.calibrate.model.limits import memory_errors
 from cor_vllm.calibrate.model.loading import load_model, model_folder, model_info, read_config
 from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.reroute.judgement import diagnostics, heldout
@@ -30,6 +31,7 @@ from cor_vllm.overlay import DtypeName, OverlayConfig, RouterOverlay, TrainingIn
 from cor_vllm.version import __version__
 
 
+@memory_errors()
 def reroute(options: RerouteOptions, console: Console) -> RouterOverlay:
     """Train the last router and write the router file.
 

@@ -23,7 +23,7 @@ MEANING = {
 }
 
 
-def as_json(overlay: RouterOverlay) -> str:
+def overlay_as_json(overlay: RouterOverlay) -> str:
     """The layer, and the whole `config`, as JSON for programs."""
     config = overlay.config.model_dump(mode="json", by_alias=True)
     values = {"layer": overlay.layer, "fingerprint": overlay.fingerprint, "harm": overlay.config.harm()}
@@ -53,7 +53,7 @@ def print_overlay(overlay: RouterOverlay, console: Console) -> None:
 
 def _heldout_table(heldout: dict[str, HeldoutBin]) -> Table:
     table = Table(
-        "tokens", "positions", "documents", "loss", "change", "95 % interval", "median", "improved",
+        "tokens", "number", "documents", "loss", "change", "95 % interval", "improved",
         title="held-out loss, nats, on documents that neither trained nor chose",
     )  # fmt: skip
     for column in table.columns[1:]:
@@ -64,13 +64,11 @@ def _heldout_table(heldout: dict[str, HeldoutBin]) -> Table:
 
 
 def _cells(found: HeldoutBin) -> list[str]:
-    if found.base is None or found.change is None or found.median is None or found.win_rate is None:
-        return ["n/a"] * 5
+    if found.base is None or found.change is None or found.win_rate is None:
+        return ["n/a"] * 4
     known = found.low is not None and found.high is not None
     interval = f"{found.low:+.4f} … {found.high:+.4f}" if known else "too few documents"
-    return [
-        f"{found.base:.4f}", f"{found.change:+.4f}", interval, f"{found.median:+.1e}", f"{found.win_rate:.1%}"
-    ]  # fmt: skip
+    return [f"{found.base:.4f}", f"{found.change:+.4f}", interval, f"{found.win_rate:.1%}"]
 
 
 def _diagnostics_table(figures: dict[str, float]) -> Table:

@@ -60,6 +60,14 @@ def run_report(args: argparse.Namespace) -> int:
     Raises:
         EvaluationError: the folder or file holds no results, or they cannot be compared.
     """
+    from cor_vllm.calibrate.routes.tables import FILE, read_analysis
+
+    if args.runs.name == FILE or (args.runs / FILE).is_file():
+        from cor_vllm.calibrate.routes.report import print_analysis
+        from cor_vllm.commands.console import Terminal
+
+        print_analysis(read_analysis(args.runs), Terminal())
+        return 0
     from cor_vllm.evaluate import pack
     from cor_vllm.evaluate.report import render
 

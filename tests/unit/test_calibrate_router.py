@@ -71,7 +71,9 @@ def test_the_scores_are_those_of_a_model_with_that_router(folder, tmp_path):
 
 def test_the_file_says_which_router_it_belongs_to(folder, tmp_path):
     run(folder, tmp_path / "a.safetensors", cor_router=folder / "r.safetensors")
-    model = scores.load(tmp_path / "a.safetensors").config.model
+    config = scores.load(tmp_path / "a.safetensors").config
+    model = config.model
+    assert config.calibration.cor_router == "r.safetensors"
     own = run(folder, tmp_path / "c.safetensors").config.model
     assert model.router_overlay == trained(folder).fingerprint
     assert model.fingerprint == own.fingerprint, "the checkpoint is the same"

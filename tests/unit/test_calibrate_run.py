@@ -60,7 +60,7 @@ def test_the_file_says_what_was_done(result: Path, checkpoint: Path) -> None:
     assert config.serving.model_dump(by_alias=True) == {"lambda": 0.1, "mode": "full"}
     assert set(config.versions) == {"cor-vllm", "torch", "transformers"}
     recorded = config.calibration.model_dump()
-    for name in CalibrationOptions.model_fields.keys() - {"model", "output", "resume"}:
+    for name in CalibrationOptions.model_fields.keys() - {"model", "output", "resume", "cor_router"}:
         assert name in recorded, f"option {name} is not in the file"
     assert (recorded["corpus"], recorded["dtype"], recorded["device"]) == ("default", "float32", "cpu")
     assert (recorded["num_positions"], recorded["num_hard"], recorded["num_easy"]) == (60, 6, 6)

@@ -17,6 +17,7 @@ from cor_vllm.calibrate.reroute.pipeline import reroute
 from cor_vllm.calibrate.reroute.problem import Problem
 from cor_vllm.calibrate.reroute.training import Candidate, Training, TrainingOptions, find_pairs
 from cor_vllm.calibrate.routes.standard import ScoredText
+from cor_vllm.cli import main
 from cor_vllm.commands.console import Terminal
 from cor_vllm.kernels.scoring import Scoring
 from cor_vllm.testing import tiny_models
@@ -310,3 +311,18 @@ def test_on_natural_text_of_the_demo_model_the_report_shows_no_gain_of_epo(tmp_p
     )  # fmt: skip
     assert result.config.heldout["all"].documents >= 20
     assert result.config.harm()
+
+
+def test_the_command_prints_the_report_and_show_prints_it_again(tmp_path, tiny, capsys):
+    out = str(tmp_path / "r.safetensors")
+    arguments = ["--token-ids", str(tiny["token_ids"]), "--routes", "2", "--objective", "ce", "--output", out]
+    assert main(["reroute", str(tiny["model"]), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "held-out loss" in printed and "--cor-router" in printed
+    assert main(["show", out]) == 0
+    assert "too few documents" in capsys.readouterr().out
+    assert main(["show", out, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["layer"] == 2 and shown["harm"]
+    assert main(["reroute", str(tiny["model"]), *arguments, "--kl", "-1"]) == 1
+    assert "--kl: " in capsys.readouterr().err

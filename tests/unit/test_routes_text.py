@@ -90,11 +90,7 @@ def test_token_ids_are_read_as_they_are(folder: Path, tmp_path: Path) -> None:
     [
         ([{"prompt": "p", "completion": "c"}], "yes", "does not say whether it is verified"),
         ([{"prompt": "p", "completion": "", "verified": True}], "yes", "an empty `completion`"),
-        (
-            [{"prompt": "p", "completion": "c", "verified": False}],
-            "yes",
-            "no record counts with --verified yes",
-        ),
+        ([{"prompt": "p", "completion": "c", "verified": False}], "yes", "no record counts with"),
         ([{"text": "t"}], "yes", "an object with `text`"),
     ],
 )
