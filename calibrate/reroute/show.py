@@ -53,11 +53,11 @@ def print_overlay(overlay: RouterOverlay, console: Console) -> None:
 
 def _heldout_table(heldout: dict[str, HeldoutBin]) -> Table:
     table = Table(
-        "tokens", "number", "documents", "loss", "change", "95 % interval", "improved",
+        "tokens", "number", "docs", "loss", "change", "95 % interval", "improved",
         title="held-out loss, nats, on documents that neither trained nor chose",
     )  # fmt: skip
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for name, found in heldout.items():
         table.add_row(name, str(found.positions), str(found.documents), *_cells(found))
     return table
@@ -67,7 +67,7 @@ def _cells(found: HeldoutBin) -> list[str]:
     if found.base is None or found.change is None or found.win_rate is None:
         return ["n/a"] * 4
     known = found.low is not None and found.high is not None
-    interval = f"{found.low:+.4f} … {found.high:+.4f}" if known else "too few documents"
+    interval = f"{found.low:+.4f} … {found.high:+.4f}" if known else "too few docs"
     return [f"{found.base:.4f}", f"{found.change:+.4f}", interval, f"{found.win_rate:.1%}"]
 
 

@@ -320,7 +320,7 @@ def test_the_command_prints_the_report_and_show_prints_it_again(tmp_path, tiny, 
     printed = capsys.readouterr().out
     assert "held-out loss" in printed and "--cor-router" in printed
     assert main(["show", out]) == 0
-    assert "too few documents" in capsys.readouterr().out
+    assert "too few docs" in capsys.readouterr().out
     assert main(["show", out, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["layer"] == 2 and shown["harm"]
