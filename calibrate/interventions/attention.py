@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from cor_vllm.calibrate.config import CalibrationError
-from cor_vllm.calibrate.model.layers import FOLLOWED
+from cor_vllm.calibrate.model.layers import FOLLOWED, INSTEAD
 
 NAME = "cor_sweep"
 # Arguments of the attention function, besides q, k, v and mask, that change nothing here: the mask says what
@@ -52,7 +52,7 @@ class SharedAttention:
         if self._own not in FOLLOWED:
             raise CalibrationError(
                 f"{config.model_type}: attention implementation {self._own!r} is given no mask to read "
-                "windows from; load the model with sdpa or eager, or use --algorithm plain"
+                f"windows from; load the model with sdpa or eager, {INSTEAD}"
             )
         self._recording = False
         self._key = self._value = torch.empty(0)  # [B, heads, S, head size] after rotary embedding
@@ -111,7 +111,7 @@ class SharedAttention:
         if self._calls != 1:
             raise CalibrationError(
                 f"{self._config.model_type}: a layer called transformers' attention function {self._calls} "
-                "times, not once, so the sweep cannot see its keys and values; use --algorithm plain"
+                f"times, not once, so the sweep cannot see its keys and values; {INSTEAD}"
             )
 
     def _attend(
@@ -153,7 +153,7 @@ class SharedAttention:
         if unknown:
             raise CalibrationError(
                 f"{self._config.model_type}: its attention takes {unknown[0]}, which the sweep does not "
-                "know; use --algorithm plain"
+                f"know; {INSTEAD}"
             )
         assert self._places is not None, "called only after variants() has set the places"
         output = query.new_empty(*query.shape[:2], value.shape[-1])

@@ -1,4 +1,4 @@
-"""Holds the hidden states that the sweep carries through the layers for some consecutive sequences."""
+"""Holds the hidden states that are carried through the layers for some consecutive sequences."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,29 @@ from cor_vllm.calibrate.model.layers import enter
 from cor_vllm.calibrate.model.moe_model import MoeModel
 
 
-class Chunk:
-    """B consecutive sequences of at most S tokens, with all variants that start from them.
+class Sequences:
+    """B consecutive sequences of at most S tokens, at the entrance of a decoder layer.
+
+    Args:
+        model: its embedding must be at hand.
+        members: which of `sequences`.
+        sequences: token ids.
+    """
+
+    def __init__(self, model: MoeModel, members: range, sequences: Sequence[Sequence[int]]) -> None:
+        self.members = members
+        self.input_ids = pad([sequences[s] for s in members])  # [B, S]
+        with torch.inference_mode():
+            hidden, self.arguments = enter(model.model.model, self.input_ids.to(model.device))
+        self.hidden = hidden.cpu()  # [B, S, D], the unperturbed input of the next layer
+
+    def at(self, places: Places) -> torch.Tensor:
+        """The unperturbed hidden states [R, D] at R places."""
+        return self.hidden[places.sequence, places.position]
+
+
+class Chunk(Sequences):
+    """Consecutive sequences with all of the sweep's variants that start from them.
 
     A variant is one position under one intervention. Every MoE layer starts the same F variants, in this
     order: each hard position without each of its active experts, then with one expert fewer, then with one
@@ -24,8 +45,7 @@ class Chunk:
         self, model: MoeModel, options: CalibrationOptions, members: range,
         sequences: Sequence[Sequence[int]], hard: Sequence[tuple[int, int]], easy: Sequence[tuple[int, int]],
     ) -> None:  # fmt: skip
-        self.members = members
-        self.input_ids = pad([sequences[s] for s in members])  # [B, S]
+        super().__init__(model, members, sequences)
         self.hard = [(s - members.start, t) for s, t in hard if s in members]
         self.easy = [(s - members.start, t) for s, t in easy if s in members]
         other_k = (model.top_k - 1, model.top_k + 1) if options.intensity == "marginal" else ()
@@ -42,13 +62,10 @@ class Chunk:
             self.parts[name] = slice(start, start := start + len(places))
         self.size = start  # F
         self.places = _places([place for places in parts.values() for place in places])
-        with torch.inference_mode():
-            hidden, self.arguments = enter(model.model.model, self.input_ids.to(model.device))
-        self.hidden = hidden.cpu()  # [B, S, D], the unperturbed input of the next layer
-        layers, width = model.num_layers, hidden.shape[-1]
-        self.rows = hidden.new_empty(layers * self.size, width, device="cpu")  # variants
+        layers, width = model.num_layers, self.hidden.shape[-1]
+        self.rows = self.hidden.new_empty(layers * self.size, width)  # variants
         copies = 0 if per_token else layers
-        self.copies = hidden.new_empty(copies, *hidden.shape, device="cpu")  # sequences scaled at layer m
+        self.copies = self.hidden.new_empty(copies, *self.hidden.shape)  # sequences scaled at layer m
         self.row_losses = torch.empty(0)  # [M·F] nats, once the last layer is done
         self.copy_losses = torch.empty(0)  # [M, hard and easy positions]
 

@@ -18,18 +18,16 @@ from typing import Any
 
 import torch
 
-from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions
-from cor_vllm.calibrate.interventions.attention import Places, SharedAttention
+from cor_vllm.calibrate.config import CalibrationOptions
+from cor_vllm.calibrate.interventions.attention import Places
+from cor_vllm.calibrate.interventions.carrier import Carrier, blocks
 from cor_vllm.calibrate.interventions.chunk import Chunk
 from cor_vllm.calibrate.interventions.measurement import Advance, Baseline, LayerMeasurement, active_experts
-from cor_vllm.calibrate.model.layers import check_rotary, chunks, run
-from cor_vllm.calibrate.model.memory import check_host_memory, head_rows, layer_rows
+from cor_vllm.calibrate.model.layers import chunks, run
+from cor_vllm.calibrate.model.memory import check_host_memory
 from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.model.offload import held
 from cor_vllm.calibrate.text.stratify import Strata, locate
-
-CHECKED = 16  # positions of each chunk and layer on which a variant's path is compared with the sequence's
-DISAGREEMENT = 0.05  # relative; bfloat16 rounding stays far below it at the median position
 
 
 class Sweep:
@@ -52,16 +50,13 @@ class Sweep:
         self._active = active_experts(model, base, strata)
         self._moe_number = {index: m for m, index in enumerate(model.layer_index)}
         hard, easy = locate(strata.hard, sequences), locate(strata.easy, sequences)
-        check_rotary(model.config)
-        longest = max(map(len, sequences))
-        self._block = layer_rows(model, longest, options.max_memory)
+        self._carrier = Carrier(model, sequences, options.max_memory)
         with held(model.model.get_input_embeddings()):
             self._chunks = [
                 Chunk(model, options, members, sequences, hard, easy)
-                for members in chunks(sequences, self._block)
+                for members in chunks(sequences, self._carrier.block)
             ]
         check_host_memory(sum(chunk.host_bytes() for chunk in self._chunks))
-        self._attention = SharedAttention(model.config)
         self._layers = model.decoder_layers
 
     def work(self) -> list[int]:
@@ -120,49 +115,38 @@ class Sweep:
     def step(self, index: int) -> None:
         """Carry everything through decoder layer `index`, or read the losses after the last."""
         if index == len(self._layers):
-            with held(self._model.model.model.norm, self._model.model.lm_head):
+            with self._carrier.head():
                 for chunk in self._chunks:
                     self._read_losses(chunk)
             return
-        with held(self._layers[index]), self._attention.installed():
+        with self._carrier.layer(index):
             for chunk in self._chunks:
                 self._carry(chunk, index)
-        self._attention.forget()
 
     def _carry(self, chunk: Chunk, index: int) -> None:
         """Carry one chunk through one layer: first the sequences, whose keys and values the variants need."""
         moe = self._moe_number.get(index)
         if moe is not None:
             fork = slice(moe * chunk.size, (moe + 1) * chunk.size)
-            chunk.rows[fork] = chunk.hidden[chunk.places.sequence, chunk.places.position]
+            chunk.rows[fork] = chunk.at(chunk.places)
             if len(chunk.copies):
                 chunk.copies[moe] = chunk.hidden
-        arguments = chunk.arguments.of_layer[index]
-        before = chunk.hidden
-        with self._attention.record(arguments["attention_mask"], before.shape[1]):
-            chunk.hidden = run(self._layers[index], before.to(self._model.device), arguments).cpu()
-        self._check(chunk, index, before)
+        self._carrier.carry_sequences(chunk, index, chunk.measured_places())
         self._advance(chunk.input_ids.numel())
-        for block in _blocks(self._forks(index + 1) * chunk.size, self._block):
+        for block in blocks(self._forks(index + 1) * chunk.size, self._carrier.block):
             with self._interventions(chunk, moe, block):
                 places = chunk.places_of(block.start, block.stop)
-                chunk.rows[block] = self._run_variants(chunk, index, chunk.rows[block], places)
+                chunk.rows[block] = self._carrier.run_variants(chunk, index, chunk.rows[block], places)
             self._advance(block.stop - block.start)
         self._carry_copies(chunk, index, moe)
-
-    def _run_variants(self, chunk: Chunk, index: int, rows: torch.Tensor, places: Places) -> torch.Tensor:
-        """Run decoder layer `index` on variants [R, D] that stand at `places`; the result is on the host."""
-        arguments = chunk.arguments.for_positions(index, places.position)
-        with self._attention.variants(places):
-            return run(self._layers[index], rows[None].to(self._model.device), arguments)[0].cpu()
 
     def _carry_copies(self, chunk: Chunk, index: int, moe: int | None) -> None:
         if not len(chunk.copies):
             return
         copies = chunk.copies.flatten(0, 1)  # a view: [M·B, S, D]
-        per_call = max(1, self._block // copies.shape[1])
+        per_call = max(1, self._carrier.block // copies.shape[1])
         new = len(copies) if moe is None else moe * len(chunk.members)
-        for block in _blocks(self._forks(index + 1) * len(chunk.members), per_call):
+        for block in blocks(self._forks(index + 1) * len(chunk.members), per_call):
             where = torch.arange(block.start, block.stop)[:, None].expand(-1, copies.shape[1]) >= new
             with ExitStack() as stack:
                 if where.any():
@@ -210,24 +194,6 @@ class Sweep:
         start = sum(len(other.hard) for other in self._chunks if other.members.stop <= chunk.members.start)
         return slice(start, start + len(chunk.hard))
 
-    def _check(self, chunk: Chunk, index: int, before: torch.Tensor) -> None:
-        """Check that a variant without an intervention comes out as its sequence does.
-
-        The sweep relies on it: a layer must see other positions through its attention alone.
-        """
-        measured = chunk.measured_places()
-        if not len(measured):
-            return
-        places = measured[torch.linspace(0, len(measured) - 1, CHECKED).long()]
-        expected = chunk.hidden[places.sequence, places.position].float()
-        rows = self._run_variants(chunk, index, before[places.sequence, places.position], places)
-        error = ((rows.float() - expected).norm(dim=1) / expected.norm(dim=1)).median().item()
-        if not error <= DISAGREEMENT:
-            raise CalibrationError(
-                f"{self._model.config.model_type}: decoder layer {index} computes a single position "
-                f"otherwise than within its sequence (relative difference {error:.2g}); use --algorithm plain"
-            )
-
     def _read_losses(self, chunk: Chunk) -> None:
         places = chunk.places_of(0, len(chunk.rows))
         chunk.row_losses = self._losses(chunk, chunk.rows, places)
@@ -244,12 +210,9 @@ class Sweep:
     def _losses(self, chunk: Chunk, hidden: torch.Tensor, places: Places) -> torch.Tensor:
         """[R] float32 losses of the rows [R, D] that left the last layer, nats."""
         targets = chunk.input_ids[places.sequence, places.position + 1]
-        decoder, device = self._model.model.model, self._model.device
-        losses = [
-            self._model.head_losses(decoder.norm(hidden[block].to(device)), targets[block]).cpu()
-            for block in _blocks(len(hidden), head_rows(self._model, self._options.max_memory))
-        ]
-        return torch.cat(losses) if losses else torch.empty(0)
+        return self._carrier.read(
+            hidden, lambda normed, block: self._model.head_losses(normed, targets[block])
+        )
 
     def result(self) -> list[LayerMeasurement]:
         """The loss changes of every MoE layer, once all steps are done."""
@@ -288,8 +251,3 @@ class Sweep:
             sides[0].append(losses[: len(chunk.hard)])
             sides[1].append(losses[len(chunk.hard) :])
         return torch.cat(sides[0]).double(), torch.cat(sides[1]).double()
-
-
-def _blocks(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_map
 from cor_vllm.calibrate.config import CalibrationError
 
 FOLLOWED = ("sdpa", "eager")  # attention implementations that are given a mask, from which windows are read
+# The remedy if a model's layers cannot be run one at a time, or not on single positions.
+INSTEAD = "calibrate with --algorithm plain, or analyse with --layers final"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +68,7 @@ def check_rotary(config: Any) -> None:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
         raise CalibrationError(
-            f"{config.model_type}: rotary embedding {rope!r} depends on the length of the sequence; "
-            "use --algorithm plain"
+            f"{config.model_type}: rotary embedding {rope!r} depends on the length of the sequence; {INSTEAD}"
         )
 
 
@@ -98,8 +99,7 @@ def run(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> to
     output = layer(hidden, **arguments)
     if not isinstance(output, torch.Tensor):
         raise CalibrationError(
-            f"{type(layer).__name__} returns {type(output).__name__}, not hidden states; "
-            "use --algorithm plain"
+            f"{type(layer).__name__} returns {type(output).__name__}, not hidden states; {INSTEAD}"
         )
     return output
 

@@ -9,17 +9,18 @@ from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.model.offload import in_words
 
 
-def check_host_memory(needed: int) -> None:
+def check_host_memory(needed: int, remedy: str = "lower --num-tokens, or give --perturb-scope token") -> None:
     """Raise a CalibrationError, before the first layer runs, if host memory is too small.
 
     Args:
-        needed: bytes of the hidden states that wait on the host. They are allocated, but not written to yet.
+        needed: bytes of the hidden states that wait on the host. They are not written to yet.
+        remedy: what makes them fewer.
     """
     limit = limits.pages_limit()
     if needed > limit.free:
         raise CalibrationError(
             f"the variants' hidden states take {in_words(needed)} of host memory, {in_words(limit.free)} are "
-            f"free {limit.name}; lower --num-tokens, or give --perturb-scope token"
+            f"free {limit.name}; {remedy}"
         )
 
 

@@ -66,7 +66,7 @@ def test_the_calibrator_never_imports_vllm(file):
     assert not any(n.startswith(VLLM_SIDE) for n in imported(file))
 
 
-@pytest.mark.parametrize("module", ["sweep", "chunk", "prefix", "attention", "measurement"])
+@pytest.mark.parametrize("module", ["sweep", "carrier", "chunk", "prefix", "attention", "measurement"])
 def test_the_sweep_takes_nothing_from_its_oracle(module):
     """The sweep is held against `plain`; what both use is in a module of its own."""
     names = {n.split(".")[-1] for n in spelled(ROOT / f"calibrate/interventions/{module}.py")}

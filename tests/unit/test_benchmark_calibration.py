@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import calibration
 from benchmarks.common import results
-from cor_vllm.calibrate.interventions.sweep import CHECKED
+from cor_vllm.calibrate.interventions.carrier import CHECKED
 from cor_vllm.testing import tiny_models
 
 
