@@ -70,9 +70,14 @@ def uniform_noise(keys: torch.Tensor, layer: int, routes: int, experts: torch.Te
     Returns:
         [T, G, P] float64, multiples of 2⁻⁵² plus one half of that.
     """
+    return _noise(keys[:, None], layer, torch.arange(1, routes + 1), experts[:, None])
+
+
+def _noise(keys: torch.Tensor, layer: int, route: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    """[…, P] float64 noise of `experts` […, P] for the keys and route numbers […] that go with them."""
     of_layer = mix(keys + (layer + 1) * _ODD)
-    of_route = mix(of_layer[:, None] + (torch.arange(routes) + 1) * _ODD)
-    bits = mix(of_route[:, :, None] + (experts[:, None] + 1) * _ODD)
+    of_route = mix(of_layer + route * _ODD)
+    bits = mix(of_route[..., None] + (experts + 1) * _ODD)
     return ((bits & ((1 << 52) - 1)).double() + 0.5) / (1 << 52)
 
 
@@ -108,14 +113,43 @@ def draw_routes(
         options: how to draw.
         eligible: experts that one token can choose among (`families.eligible_experts`).
     """
-    probs, scores = selection_scores(router, router_logits)
-    _, pool = router.select(probs, scores, max(router.top_k, min(options.pool, eligible)))
-    pool = pool.long()
-    pool_scores = scores.gather(1, pool)
+    probs, pool, pool_scores = _pool(router, router_logits, options, eligible)
     noise = uniform_noise(keys, layer, options.routes, pool)
     drawn = draw_ranks(pool_scores, noise, router.top_k, options.temperature)
     standard = torch.arange(router.top_k).expand(len(pool), 1, -1)  # the first of the pool, which is sorted
     return routes_of(router, probs, pool_scores, pool, torch.cat([standard, drawn], dim=1))
+
+
+def draw_numbered(
+    router: Router, router_logits: torch.Tensor, keys: torch.Tensor, layer: int, number: torch.Tensor,
+    options: DrawOptions, eligible: int,
+) -> Routes:  # fmt: skip
+    """One route of each row: the one that `draw_routes` gives that number.
+
+    Args:
+        number: [R] int64, from 0, the standard route, to G.
+        router, router_logits, keys, layer, options, eligible: as in `draw_routes`, with R rows for T tokens.
+
+    Returns:
+        Routes of R tokens with one route each.
+    """
+    probs, pool, pool_scores = _pool(router, router_logits, options, eligible)
+    noise = _noise(keys, layer, number, pool)
+    drawn = draw_ranks(pool_scores, noise[:, None], router.top_k, options.temperature)
+    standard = torch.arange(router.top_k).expand(len(pool), 1, -1)
+    return routes_of(
+        router, probs, pool_scores, pool, torch.where(number[:, None, None] > 0, drawn, standard)
+    )
+
+
+def _pool(
+    router: Router, router_logits: torch.Tensor, options: DrawOptions, eligible: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Probabilities [T, N], and the experts that routes are drawn from with their scores, [T, P] each."""
+    probs, scores = selection_scores(router, router_logits)
+    _, pool = router.select(probs, scores, max(router.top_k, min(options.pool, eligible)))
+    pool = pool.long()
+    return probs, pool, scores.gather(1, pool)
 
 
 def routes_of(
