@@ -75,7 +75,7 @@ def uniform_noise(keys: torch.Tensor, layer: int, routes: int, experts: torch.Te
 
 def _noise(keys: torch.Tensor, layer: int, route: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
     """[…, P] float64 noise of `experts` […, P] for the keys and route numbers […] that go with them."""
-    of_layer = mix(keys + (layer + 1) * _ODD)
+    of_layer = mix(keys + torch.tensor(layer + 1) * _ODD)  # may overflow, which a Python integer may not
     of_route = mix(of_layer + route * _ODD)
     bits = mix(of_route[..., None] + (experts + 1) * _ODD)
     return ((bits & ((1 << 52) - 1)).double() + 0.5) / (1 << 52)

@@ -1,6 +1,7 @@
 """Draws an analysis: regret against its null by group, by layer, and by the number of routes."""
 
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from cor_vllm.calibrate.result.plots import BLUE, GREY, ORANGE
 from cor_vllm.calibrate.routes.groups import BINS
 from cor_vllm.calibrate.routes.tables import Analysis, GroupTable, LayerTable, Measure
 
-PANELS = 4  # layers in a picture of single layers
 SIDES = (("realised", BLUE, "tokens of the text"), ("null", ORANGE, "tokens drawn from the model (null)"))
 
 
@@ -42,7 +42,7 @@ def draw_pictures(analysis: Analysis, folder: Path) -> list[Path]:
 
 
 def regret_figure(analysis: Analysis) -> Figure:
-    """Regret of realised and null tokens by group, and the difference, for the last layers."""
+    """Regret of realised and null tokens by group, and the difference, for the last layer and jointly."""
     shown = _shown(analysis)
     figure = Figure(figsize=(9, 3.4 * len(shown) + 1.2), layout="constrained")
     panels = figure.subplots(len(shown), 2, squeeze=False)
@@ -58,7 +58,9 @@ def regret_figure(analysis: Analysis) -> Figure:
 
 
 def _shown(analysis: Analysis) -> list[LayerTable]:
-    return analysis.layers[-PANELS:]
+    """The last layer, and all jointly if there are joint routes."""
+    single = [layer for layer in analysis.layers if layer.layer is not None]
+    return single[-1:] + [layer for layer in analysis.layers if layer.layer is None]
 
 
 def _groups(layer: LayerTable) -> list[GroupTable]:
@@ -87,8 +89,13 @@ def _regret_panel(panel: Any, layer: LayerTable) -> None:
     panel.set_xticks(range(len(groups)), [_bounds(group) for group in groups])
     panel.set_ylabel("regret, nats per token")
     panel.set_xlabel("tokens by p, their probability under the standard route")
-    panel.set_title(f"{layer.name}: the best sampled route minus the standard one", fontsize=10)
-    panel.set_ylim(bottom=0)
+    panel.set_title(f"{layer.name}: best sampled route − standard route", fontsize=10)
+    _from_zero(panel)
+
+
+def _from_zero(panel: Any) -> None:
+    highest = panel.dataLim.ymax  # 0 if there is only one route, not finite if there is no token
+    panel.set_ylim(0, 1.1 * highest if isfinite(highest) and highest > 0 else 1)
 
 
 def _excess_panel(panel: Any, layer: LayerTable) -> None:
@@ -99,28 +106,23 @@ def _excess_panel(panel: Any, layer: LayerTable) -> None:
     panel.set_xticks(range(len(groups)), [_bounds(group) for group in groups])
     panel.set_xlabel("mean and 95 % interval over documents")
     panel.set_xlim(-0.5, len(groups) - 0.5)
-    panel.set_ylabel("excess regret: text minus null, nats")
-    panel.set_title(f"{layer.name}: what luck of the draw does not explain", fontsize=10)
+    panel.set_ylabel("excess: text − null, nats")
+    panel.set_title(f"{layer.name}: beyond luck of the draw", fontsize=10)
     panel.margins(y=0.25)
 
 
-def _point(panel: Any, x: float, measure: Measure, color: str = BLUE, label: str = "") -> None:
+def _point(panel: Any, x: float, measure: Measure) -> None:
     if measure.excess_interval:
-        panel.vlines(x, *measure.excess_interval, color=color, linewidth=1.5)
+        panel.vlines(x, *measure.excess_interval, color=BLUE, linewidth=1.5)
     if measure.excess is not None:
-        panel.plot(
-            [x],
-            [measure.excess],
-            "o",
-            color=color if measure.excess_interval else GREY,
-            markersize=5,
-            label=label,
-        )
+        color = BLUE if measure.excess_interval else GREY
+        panel.plot([x], [measure.excess], "o", color=color, markersize=5)
 
 
 def layers_figure(analysis: Analysis) -> Figure:
     """Regret by layer above, excess regret below, one column for each group."""
     layers = analysis.layers
+    single = [layer for layer in layers if layer.layer is not None]
     figure = Figure(figsize=(4 * len(BINS), 5.5), layout="constrained")
     panels = figure.subplots(2, len(BINS), sharex=True)
     names = ["joint" if layer.layer is None else str(layer.layer) for layer in layers]
@@ -129,27 +131,23 @@ def layers_figure(analysis: Analysis) -> Figure:
         found = [layer.groups[g].measures["regret"] for layer in layers]
         for side, color, label in SIDES:
             values = [getattr(measure, side) for measure in found]
-            upper.plot(
-                range(len(layers)),
-                [v if v is not None else float("nan") for v in values],
-                "o-",
-                color=color,
-                markersize=4,
-                label=label,
-            )
+            known = [value if value is not None else float("nan") for value in values]
+            upper.plot(range(len(single)), known[: len(single)], "o-", color=color, markersize=4, label=label)
+            upper.plot(range(len(single), len(layers)), known[len(single) :], "D", color=color)
         lower.axhline(0, color="black", linewidth=0.8)
         for i, measure in enumerate(found):
             _point(lower, i, measure)
         upper.set_title(_bounds(layers[0].groups[g]).replace("\n", ", "), fontsize=10)
-        upper.set_ylim(bottom=0)
+        _from_zero(upper)
         step = -(-len(layers) // 12)
         lower.set_xticks(range(0, len(layers), step), names[::step])
         lower.set_xlabel("decoder layer")
+        lower.set_xlim(-0.5, len(layers) - 0.5)
     panels[0][0].set_ylabel("regret, nats per token")
-    panels[1][0].set_ylabel("excess regret: text minus null, nats")
+    panels[1][0].set_ylabel("excess: text − null, nats")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle(f"{analysis.model.name}: regret by layer")
+    figure.suptitle(f"{analysis.model.name}: best sampled route − standard route, by layer")
     return figure
 
 
@@ -165,7 +163,7 @@ def saturation_figure(analysis: Analysis) -> Figure:
         panel.set_xscale("log", base=2)
         panel.set_xticks(analysis.draws, list(map(str, analysis.draws)))
         panel.yaxis.set_major_locator(MaxNLocator(5))
-        panel.set_ylim(bottom=0)
+        _from_zero(panel)
         panel.set_xlabel("sampled routes")
         panel.set_title(_bounds(group).replace("\n", ", "), fontsize=10)
     panels[0].set_ylabel("expected regret, nats per token")

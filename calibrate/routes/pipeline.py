@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from cor_vllm.calibrate.config import CalibrationError
 from cor_vllm.calibrate.interventions.checks import check_baseline
 from cor_vllm.calibrate.interventions.measurement import Baseline
 from cor_vllm.calibrate.interventions.state import PartialState, partial_path, run_steps
@@ -65,6 +66,10 @@ def analyse(options: AnalysisOptions, console: Console) -> Analysis:
     text = read_scored_text(options, folder, config.vocab_size)
     check_lengths(text, config.max_position_embeddings)
     options.output.mkdir(parents=True, exist_ok=True)
+    if options.rows is not None and not options.rows.parent.is_dir():
+        raise CalibrationError(
+            f"--rows {options.rows}: there is no folder {options.rows.parent}; create it first"
+        )
 
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
@@ -185,9 +190,11 @@ def _notes(options: AnalysisOptions, model: MoeModel, text: ScoredText) -> list[
     notes, table = [], _text_table(text)
     pool = max(model.top_k, min(options.pool, model.eligible_experts))
     if options.token_ids is None and table.read < options.num_tokens:
-        notes.append(f"The text holds {table.read} positions, fewer than --num-tokens {options.num_tokens}.")
+        notes.append(
+            f"Positions read: {table.read}, all that the text has (--num-tokens {options.num_tokens})."
+        )
     if table.documents < DOCUMENTS:
-        notes.append(f"There are {table.documents} documents, too few for intervals, which take {DOCUMENTS}.")
+        notes.append(f"Documents: {table.documents}, too few for intervals, which take {DOCUMENTS}.")
     if pool == model.top_k:
         notes.append(
             f"Every route has the same {pool} experts, because the pool has no others: every regret is 0."

@@ -12,16 +12,16 @@ SIGNIFICANT = 0.05
 # What the second table shows: the name of the measure, and what a reader sees.
 DETAILS = {
     "best_alternative": "best other route",
-    "gap": "gap in probability",
+    "gap": "probability gap",
     "any_better": "any better route",
     "rank_share": "better routes",
     "tie_share": "equal routes",
     "top_1": "standard is best",
-    "top_4": "standard in best 4",
-    "top_8": "standard in best 8",
-    "top_16": "standard in best 16",
+    "top_4": "standard in top 4",
+    "top_8": "standard in top 8",
+    "top_16": "standard in top 16",
     "mean_change": "mean route",
-    "correlation": "score and utility",
+    "correlation": "score with utility",
 }
 
 
@@ -29,9 +29,9 @@ def print_analysis(analysis: Analysis, console: Console) -> None:
     """Print a header, the table of regret, sentences, the further measures of the last layer, and notes."""
     model, text, options = analysis.model, analysis.text, analysis.options
     console.print(
-        f"{model.name} ({model.architecture}), {model.dtype}: {options['routes']} routes of {model.top_k} of "
-        f"{model.num_experts} experts for each of {text.scored} tokens of {text.documents} documents of "
-        f"{text.name}",
+        f"{model.name} ({model.architecture}), {model.dtype}: {options['routes']} sampled routes of "
+        f"{model.top_k} of {model.num_experts} experts a token\n"
+        f"{text.name}: tokens compared {text.scored}, documents {text.documents}",
         highlight=False,
     )
     console.print(_regret_table(analysis))
@@ -49,7 +49,7 @@ def _regret_table(analysis: Analysis) -> Table:
     table = Table(
         "layer", "tokens", "text", "null", "excess", "95 % interval", "p",
         title="Regret, nats per token: the best sampled route minus the standard one",
-        caption="p: that the excess is an accident, corrected for the number of layers and groups (Holm)",
+        caption="p: of an excess by accident, corrected for all layers and groups (Holm)",
         box=SIMPLE,
     )  # fmt: skip
     for column in table.columns[2:]:
@@ -116,7 +116,9 @@ def _and(names: list[str]) -> str:
 def _details_table(layer: LayerTable) -> Table:
     groups = layer.groups[: len(BINS)]
     names = [group.name for group in groups]
-    table = Table("", *names, title=f"{layer.name}: text / null, means over tokens", box=SIMPLE)
+    table = Table(
+        "", *names, title=f"{layer.name}: text / null, means over tokens", box=SIMPLE, pad_edge=False
+    )
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
     table.add_row("share of tokens", *(f"{group.share[0]:.3f} / {group.share[1]:.3f}" for group in groups))
@@ -133,11 +135,15 @@ def _divergence(layer: LayerTable) -> str:
     if not found or found[0].null is None:
         return ""
     change = found[0]
-    wrong = change.null_interval is not None and change.null_interval[0] > 0
-    verdict = "which cannot be: they are not draws from the model" if wrong else "as it must be"
+    if change.null_interval is None:
+        verdict = "too few documents to tell"
+    elif change.null_interval[0] > 0:
+        verdict = "which cannot be, so they are not draws from the model"
+    else:
+        verdict = "as it must be"
     return (
-        "check of the null: over tokens drawn from the model the mean route changes the "
-        f"log-probability by {_number(change.null, '+')} nats, {_interval(change.null_interval)}: {verdict}"
+        "check of the null: over tokens drawn from the model the mean route changes the log-probability by "
+        f"{_number(change.null, '+')} nats ({_interval(change.null_interval)}), {verdict}"
     )
 
 

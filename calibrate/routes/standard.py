@@ -49,7 +49,7 @@ def token_keys(sequences: Sequence[Sequence[int]], places: Places, seed: int) ->
     """[T] int64: numbers for the noise that depend on the seed, the sequence's tokens and the position."""
     digests = [hashlib.blake2b(str(list(ids)).encode(), digest_size=8).digest() for ids in sequences]
     of_sequence = torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests])
-    return mix(mix(of_sequence + seed * _ODD)[places.sequence] + (places.position + 1) * _ODD)
+    return mix(mix(of_sequence + torch.tensor(seed) * _ODD)[places.sequence] + (places.position + 1) * _ODD)
 
 
 @torch.inference_mode()
