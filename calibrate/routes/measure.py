@@ -1,5 +1,6 @@
 """The measurement of an analysis, step by step, with the layers sent to the way that measures them."""
 
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,8 +12,11 @@ from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.model.offload import held
 from cor_vllm.calibrate.routes.closed_form import last_layer_utilities
 from cor_vllm.calibrate.routes.options import AnalysisOptions
+from cor_vllm.calibrate.routes.replay import Replay
 from cor_vllm.calibrate.routes.standard import LastInputs, ScoredText
 from cor_vllm.calibrate.routes.utilities import Standard, Utilities
+
+CLOSED = "closed/"  # how the closed form's tensors of a saved state are named
 
 
 def chosen_layers(options: AnalysisOptions, layer_index: Sequence[int]) -> list[int]:
@@ -53,17 +57,27 @@ class RouteMeasurement:
         self._model, self._standard, self._last, self._advance = model, standard, last, advance
         self._draws = options.draws
         layers = chosen_layers(options, model.layer_index)
-        self._closed = last is not None and layers[-1] == model.layer_index[-1]
+        closed = last is not None and layers[-1] == model.layer_index[-1]
+        self._closed = int(closed)  # steps
         self._found: list[Utilities] = []
-        if layers[:-1] or not self._closed or options.joint:
-            raise CalibrationError("--layers: only the final layer of a model can be analysed; leave it out")
+        others = [model.layer_index.index(layer) for layer in (layers[:-1] if closed else layers)]
+        self._replay = None
+        if others or options.joint:
+            self._replay = Replay(
+                model, text, standard, others, options.joint, self._draws, options.max_memory, advance
+            )
 
     def work(self) -> list[int]:
-        """Scored tokens of each step."""
-        return [len(self._standard.keys)]
+        """The units of each step: tokens of the closed form, rows of the replay."""
+        replayed = self._replay.work() if self._replay else []
+        return [len(self._standard.keys)] * self._closed + replayed
 
     def step(self, index: int) -> None:
-        """Measure."""
+        """Do one step: the closed form comes first."""
+        if index >= self._closed:
+            assert self._replay is not None, "there are no further steps"
+            self._replay.step(index - self._closed)
+            return
         assert self._last is not None, "the closed form has its inputs"
         decoder = self._model.model
         with held(self._model.decoder_layers[-1], decoder.model.norm, decoder.lm_head):
@@ -73,14 +87,18 @@ class RouteMeasurement:
 
     def state(self, steps: int) -> dict[str, torch.Tensor]:
         """What `restore` needs to go on after so many steps."""
-        return {f"closed/{name}": values for one in self._found for name, values in one.tensors().items()}
+        tensors = {f"{CLOSED}{name}": values for one in self._found for name, values in one.tensors().items()}
+        if self._replay is not None and steps > self._closed:
+            tensors |= self._replay.state(steps - self._closed)
+        return tensors
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> int:
         """Take up a saved state and return the number of finished steps."""
-        fields = {name.removeprefix("closed/"): values for name, values in tensors.items()}
+        fields = {name.removeprefix(CLOSED): t for name, t in tensors.items() if name.startswith(CLOSED)}
         if fields:
             self._found = [Utilities.from_tensors(self._model.layer_index[-1], fields)]
-        return len(self._found)
+        rest = {name: values for name, values in tensors.items() if not name.startswith(CLOSED)}
+        return len(self._found) + (self._replay.restore(rest) if self._replay else 0)
 
     def result(self) -> list[Utilities]:
         """By layer, then jointly, once all steps are done.
@@ -88,11 +106,13 @@ class RouteMeasurement:
         Raises:
             CalibrationError: a log-probability is not finite.
         """
-        for one in self._found:
+        found = [*(self._replay.result() if self._replay else []), *self._found]
+        found.sort(key=lambda one: sys.maxsize if one.layer is None else one.layer)
+        for one in found:
             if not one.utility.isfinite().all():
                 raise CalibrationError(
                     f"routes {'of all layers' if one.layer is None else f'at {named([one.layer])}'} gave "
                     f"log-probabilities that are not finite in {self._model.model.dtype}; try --dtype "
                     "float32, or check the checkpoint"
                 )
-        return self._found
+        return found

@@ -202,6 +202,51 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
     assert not partial_path(tmp_path / "again" / FILE).exists()
 
 
+def test_layers_by_the_closed_form_and_by_replay_and_jointly(
+    checkpoint: Path, corpus: Path, result: Path, tmp_path: Path
+) -> None:
+    """The final layer is the same as alone; replayed, it would be the same up to rounding."""
+    found = analyse(options(checkpoint, tmp_path / "all", corpus, layers="all", joint=True), QUIET)
+    assert [layer.layer for layer in found.layers] == [0, 1, 2, None]
+    without_p = [group.model_dump(exclude={"measures"}) for group in found.layers[2].groups]
+    assert without_p == [
+        group.model_dump(exclude={"measures"}) for group in read_analysis(result).layers[0].groups
+    ]
+    assert found.layers[0].experts is not None and found.layers[3].experts is None
+    assert (tmp_path / "all" / "layers.png").exists()
+    some = analyse(options(checkpoint, tmp_path / "some", corpus, layers="1"), QUIET)
+    assert [layer.layer for layer in some.layers] == [1]
+    pair = zip(some.layers[0].groups, found.layers[1].groups, strict=True)
+    for one, other in pair:
+        assert one.measures["regret"].realised == pytest.approx(other.measures["regret"].realised, abs=1e-5)
+
+
+@pytest.mark.parametrize("interrupted_at", [1, 3])
+def test_an_interrupted_replay_goes_on_to_the_same_result(
+    checkpoint: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at: int
+) -> None:
+    names, values = ("whole", "broken"), {"layers": "0,2", "num_tokens": 60}
+    whole, broken = (options(checkpoint, tmp_path / name, corpus, **values) for name in names)
+    analyse(whole, QUIET)
+    step = measure.RouteMeasurement.step
+
+    def interrupted(self: measure.RouteMeasurement, index: int) -> None:
+        if index == interrupted_at:
+            raise KeyboardInterrupt
+        step(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure.RouteMeasurement, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            analyse(broken, QUIET)
+    done = []
+    with monkeypatch.context() as patch:
+        patch.setattr(measure.RouteMeasurement, "step", lambda self, i: (done.append(i), step(self, i)))
+        analyse(broken, QUIET)
+    assert done[0] == interrupted_at
+    assert (tmp_path / "whole" / FILE).read_bytes() == (tmp_path / "broken" / FILE).read_bytes()
+
+
 def test_quotas_choose_the_tokens(checkpoint: Path, corpus: Path, result: Path, tmp_path: Path) -> None:
     found = analyse(options(checkpoint, tmp_path / "o", corpus, max_tokens=30), QUIET)
     groups = found.layers[0].groups
