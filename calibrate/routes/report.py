@@ -72,8 +72,11 @@ def _regret_table(analysis: Analysis) -> Table:
 
 
 def findings(analysis: Analysis) -> list[str]:
-    """What the excess regret of each layer means, in one sentence for each layer."""
-    return [f"{layer.name}: {_finding(layer, analysis.options['routes'])}" for layer in analysis.layers]
+    """What the excess regret means, in one sentence for all layers of which the same can be said."""
+    layers: dict[str, list[str]] = {}
+    for layer in analysis.layers:
+        layers.setdefault(_finding(layer, analysis.options["routes"]), []).append(layer.name)
+    return [f"{', '.join(names)}: {finding}" for finding, names in layers.items()]
 
 
 def _finding(layer: LayerTable, routes: int) -> str:

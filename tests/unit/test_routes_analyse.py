@@ -177,8 +177,9 @@ def test_each_verdict_has_its_sentence(
         update = {"excess": excess, "excess_interval": interval, "p_holm": p}
         regret = group.measures["regret"].model_copy(update=update)
         groups.append(group.model_copy(update={"measures": group.measures | {"regret": regret}}))
-    layer = analysis.layers[0].model_copy(update={"groups": groups})
-    assert words in findings(analysis.model_copy(update={"layers": [layer]}))[0]
+    layers = [analysis.layers[0].model_copy(update={"groups": groups, "layer": n}) for n in (2, None)]
+    [found] = findings(analysis.model_copy(update={"layers": layers}))
+    assert words in found and found.startswith("layer 2, all layers jointly: ")
 
 
 def test_an_interrupted_run_goes_on_to_the_same_result(
