@@ -15,8 +15,8 @@ import torch
 from cor_vllm.calibrate.reroute import objectives
 from cor_vllm.calibrate.reroute.problem import Problem
 from cor_vllm.calibrate.routes.draw import DrawOptions
+from cor_vllm.calibrate.routes.noise import mixed
 from cor_vllm.calibrate.routes.standard import draw_targets
-from cor_vllm.kernels.reference import mix
 
 Objective = Literal["none", "ce", "epo", "margin"]
 
@@ -28,7 +28,6 @@ KL_TOKENS = 64
 CLIP = 1.0
 CONFIDENT = 0.9  # tokens that the model's own router gave this probability
 CONFIDENT_LOSS = 0.02  # nats; a weight that costs confident tokens more is not taken
-_ODD = 0x9E3779B97F4A7C1
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def find_pairs(
     if not len(rows):
         nothing = torch.empty(0, problem.router.top_k, dtype=torch.int64)
         return Pairs(rows, nothing, nothing, torch.empty(0))
-    keys = mix(problem.keys[rows] + epoch * _ODD)
+    keys = mixed(problem.keys[rows], epoch)
     targets = problem.targets[rows, None]
     if options.debias:
         targets = torch.cat([targets, null_targets(problem, weight, rows, keys)], dim=1)

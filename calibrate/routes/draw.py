@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from cor_vllm.calibrate.model.router import Router
+from cor_vllm.calibrate.routes.noise import mixed, uniform
 from cor_vllm.kernels import reference
-from cor_vllm.kernels.reference import SMALLEST, mix
+from cor_vllm.kernels.reference import SMALLEST
 
-_ODD = 0x9E3779B97F4A7C1  # spreads consecutive numbers over all bits before `mix`
 _TOKENS = 512  # whose routes are compared with each other at one time
 
 
@@ -68,17 +68,15 @@ def uniform_noise(keys: torch.Tensor, layer: int, routes: int, experts: torch.Te
         experts: [T, P] int64 expert ids.
 
     Returns:
-        [T, G, P] float64, multiples of 2⁻⁵² plus one half of that.
+        [T, G, P] float64.
     """
     return _noise(keys[:, None], layer, torch.arange(1, routes + 1), experts[:, None])
 
 
 def _noise(keys: torch.Tensor, layer: int, route: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
     """[…, P] float64 noise of `experts` […, P] for the keys and route numbers […] that go with them."""
-    of_layer = mix(keys + torch.tensor(layer + 1) * _ODD)  # may overflow, which a Python integer may not
-    of_route = mix(of_layer + route * _ODD)
-    bits = mix(of_route[..., None] + (experts + 1) * _ODD)
-    return ((bits & ((1 << 52) - 1)).double() + 0.5) / (1 << 52)
+    of_route = mixed(mixed(keys, layer + 1), route)
+    return uniform(mixed(of_route[..., None], experts + 1))
 
 
 def draw_ranks(

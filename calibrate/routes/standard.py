@@ -13,10 +13,9 @@ from cor_vllm.calibrate.model.batches import pad, sequence_batches
 from cor_vllm.calibrate.model.layers import Arguments, enter, run
 from cor_vllm.calibrate.model.moe_model import LOSS_ROWS, MoeModel
 from cor_vllm.calibrate.model.offload import held
+from cor_vllm.calibrate.routes.noise import mixed, uniform
 from cor_vllm.calibrate.routes.utilities import Standard
-from cor_vllm.kernels.reference import mix
 
-_ODD = 0x9E3779B97F4A7C1
 _TARGETS = 1 << 20  # keeps the noise of the null targets apart from that of layers
 
 
@@ -49,7 +48,7 @@ def token_keys(sequences: Sequence[Sequence[int]], places: Places, seed: int) ->
     """[T] int64: numbers for the noise that depend on the seed, the sequence's tokens and the position."""
     digests = [hashlib.blake2b(str(list(ids)).encode(), digest_size=8).digest() for ids in sequences]
     of_sequence = torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests])
-    return mix(mix(of_sequence + torch.tensor(seed) * _ODD)[places.sequence] + (places.position + 1) * _ODD)
+    return mixed(mixed(of_sequence, seed)[places.sequence], places.position + 1)
 
 
 @torch.inference_mode()
@@ -168,8 +167,7 @@ def draw_targets(log_prob: torch.Tensor, keys: torch.Tensor, nulls: int) -> torc
     Returns:
         [T, J] int64 token ids.
     """
-    bits = mix(keys[:, None] + (torch.arange(nulls) + _TARGETS) * _ODD)
-    uniform = (bits & ((1 << 53) - 1)).double() / (1 << 53)
+    noise = uniform(mixed(keys[:, None], torch.arange(nulls) + _TARGETS))
     cumulated = log_prob.double().exp().cumsum(dim=-1)
-    wanted = uniform.to(cumulated.device) * cumulated[:, -1:]
+    wanted = noise.to(cumulated.device) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, wanted, right=True).clamp_max(cumulated.shape[1] - 1)

@@ -84,7 +84,7 @@ def test_tokens_drawn_from_the_model_have_no_excess(model: MoeModel) -> None:
     """One null target takes the place of the text's own; at 95 % one of 20 intervals may miss 0, or two."""
     missed = dict.fromkeys(BINS, 0)
     for seed in range(20):
-        standard, last = read_standard(model, random_text(seed, 60), seed, 2)
+        standard, last = read_standard(model, random_text(seed, 150), seed, 2)
         assert last is not None
         drawn = replace(standard, targets=standard.targets[:, 1:], log_prob=standard.log_prob[:, 1:])
         found = last_layer_utilities(model, last, drawn, DrawOptions(routes=8))
