@@ -40,7 +40,7 @@ test: $(STAMP)
 # The unit tests that need no vLLM, on the torch and transformers of requirements-newest.txt, in an environment
 # of their own: a download of 3 GB where the package index has no CPU build of that torch (COR_TORCH_INDEX).
 NEWEST := .cache/newest
-NEED_VLLM := benchmark_gpu cor_endpoint engine_flags evaluate_paper flags seams
+NEED_VLLM := benchmark_gpu cor_endpoint engine_flags evaluate_paper flags overlay_serving seams
 test-newest: $(NEWEST)/.installed
 	@$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile tests/unit $(NEED_VLLM:%=--ignore tests/unit/test_%.py)
 

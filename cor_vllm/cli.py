@@ -136,25 +136,31 @@ def _plot(args: argparse.Namespace) -> int:
 def _add_verify(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "verify",
-        help="prove that a server routes as its scores file says",
-        description="Load a model in vLLM with its scores file, run a probe batch, and compare every MoE "
-        "layer with what the file says, computed independently: expert kernel, router, k_l, the experts that "
-        "the kernel was given, their weights, the share of slots changed, and that λ = 0 is vLLM's own "
-        "routing. Takes every further flag of vLLM's engine, like --tensor-parallel-size or --cor-mode. Runs "
-        "eager. Exit code 3 if any layer is not routed as the file says, 1 if that could not be found out.",
+        help="prove that a server routes as its files say",
+        description="Load a model in vLLM with its scores file, its router file or both, run a probe batch, "
+        "and compare what happened with what the files say, computed independently. With a scores file every "
+        "MoE layer is compared: expert kernel, router, k_l, the experts that the kernel was given, their "
+        "weights, the share of slots changed, and that λ = 0 is vLLM's own routing. With a router file the "
+        "router logits of its layer and the experts chosen by them are compared. Takes every further flag of "
+        "vLLM's engine, like --tensor-parallel-size or --cor-mode. Runs eager. Exit code 3 if any layer is "
+        "not routed as the files say, 1 if that could not be found out.",
     )
-    parser.set_defaults(handler=_verify)
+    parser.set_defaults(handler=_verify, usage_error=parser.error)
     parser.add_argument(
         "model", type=given, metavar="MODEL", help="the model, as vllm serve takes it: a folder or a hub id"
     )
-    parser.add_argument("--cor-scores", required=True, type=given, metavar="PATH", help="the scores file")
+    parser.add_argument("--cor-scores", type=given, metavar="PATH", help="the scores file")
+    parser.add_argument("--cor-router", type=given, metavar="FILE", help="the router file")
     parser.add_argument("--json", action="store_true", help="JSON on stdout instead of the report")
 
 
 def _verify(args: argparse.Namespace) -> int:
     from cor_vllm.verify.command import main as verify
 
-    return verify(args.model, args.cor_scores, args.rest, args.json)
+    files = {name: getattr(args, name) for name in ("cor_scores", "cor_router") if getattr(args, name)}
+    if not files:
+        args.usage_error("one of --cor-scores and --cor-router is required")
+    return verify(args.model, files, args.rest, args.json)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ READER_LEFT = 128 + signal.SIGPIPE
 TERMINATED = 128 + signal.SIGTERM
 HELP = (
     "Exit codes: 0 done, 1 failed (one line on stderr says why), 2 usage, 3 `verify` found a layer that is "
-    "not routed as the scores file says, 130 interrupted, 141 whoever read the output has left, 143 "
+    "not routed as its files say, 130 interrupted, 141 whoever read the output has left, 143 "
     "terminated. COR_TRACEBACK=1 in the environment prints the traceback of an error, too."
 )
 

@@ -59,7 +59,7 @@ def described(state: State | None) -> str:
     if state.mode in MODES and MODES[state.mode].random:
         parts.append(f"seed {state.seed}")
     parts.append(f"Σ k_l {state.budget}")
-    parts.append(f"scores {state.scores_sha256[:12]}")
+    parts.append(f"scores {(state.scores_sha256 or 'none')[:12]}")
     return ", ".join([*parts, *(["admin"] if state.admin else [])])
 
 
@@ -115,7 +115,7 @@ def _wanted(config: RoutingOptions, claim: Claim, state: State) -> list[tuple[st
     if config.mode is not None and MODES[config.mode].random:
         rows.append(("the seed", config.seed, state.seed))
     if claim.sha256 is not None:
-        rows.append(("the scores file", claim.sha256[:12], state.scores_sha256[:12]))
+        rows.append(("the scores file", claim.sha256[:12], (state.scores_sha256 or "none")[:12]))
     return rows
 
 

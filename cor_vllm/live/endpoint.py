@@ -1,4 +1,4 @@
-"""GET and POST /v1/cor on vLLM's API server: show how the workers route, change λ and mode while serving.
+"""GET and POST /v1/cor on vLLM's API server: show how the workers route, and change it while serving.
 
 Nothing is kept here: with several API servers, each asks the engine cores, which ask their workers. The path
 is below /v1, which vLLM's --api-key guards.
@@ -75,7 +75,8 @@ class CorEndpoint:
         now = await engines.state()
         state.cor_engines = engines
         state.cor_metrics = metrics = Metrics(now)
-        if engine_client.logger_manager is not None:  # None with --disable-log-stats
+        # The manager is None with --disable-log-stats.
+        if engine_client.logger_manager is not None and now.budget is not None:
             engine_client.logger_manager.stat_loggers.append(Activations(metrics, now.budget))
         if now.observe and engine_client.vllm_config.parallel_config._api_process_rank <= 0:
             # One of several servers counts: their counters are added up.
@@ -118,7 +119,7 @@ def build_router() -> "APIRouter":
 
     @router.post(PATH, openapi_extra={"requestBody": body})
     async def change(request: Request) -> State:
-        """Change λ, mode or both on every worker, between two steps; answer how they route then."""
+        """Change λ, mode or router on every worker, between two steps; answer how they route then."""
         engines, metrics = engines_of(request), request.app.state.cor_metrics
         before = await read(engines)
         if not before.admin:
@@ -126,14 +127,14 @@ def build_router() -> "APIRouter":
         wanted = await _body(request)
         # First ask all, then tell all: if one refuses, no engine changes.
         for method in ("cor_check", "cor_change"):
-            for refused in await engines.call(method, wanted.lambda_, wanted.mode):
+            for refused in await engines.call(method, wanted.lambda_, wanted.mode, wanted.router):
                 if refused:
                     raise HTTPException(409, refused)
         metrics.publish(before)  # another server may have changed it since this one last did
         after = await read(engines)
         metrics.publish(after)
         logger.info("CoR: %s", _line(before, after))
-        for line in after.warnings:
+        for line in [*after.warnings, *(after.router.warnings if after.router else [])]:
             logger.warning("CoR: %s", line)
         return after
 
@@ -161,4 +162,11 @@ async def _body(request: "Request") -> "Change":
 
 
 def _line(before: "State", after: "State") -> str:
-    return f"mode {before.mode}, λ {before.lambda_} → mode {after.mode}, λ {after.lambda_}"
+    return f"{_routing(before)} → {_routing(after)}"
+
+
+def _routing(state: "State") -> str:
+    parts = [] if state.mode is None else [f"mode {state.mode}", f"λ {state.lambda_}"]
+    if state.router is not None:
+        parts.append(f"router of the file {'on' if state.router.on else 'off'}")
+    return ", ".join(parts)

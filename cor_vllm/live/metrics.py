@@ -52,13 +52,22 @@ class Metrics:
 
         info_labels = ("mode", "weights", "scores_sha256", "fingerprint", "version")
         gauge("cor_info", "1 for the routing that is served, 0 for one before it.", *info_labels)
-        gauge("cor_lambda", "Weight of CEI, 0 in a layer without one.", "layer")
-        gauge("cor_top_k", "Experts per token.", "layer")
-        gauge("cor_model_top_k", "Experts per token of the untouched model.")
-        gauge("cor_budget", "Experts per token, all MoE layers together.")
-        gauge("cor_model_budget", "cor_budget of the untouched model.")
         gauge("cor_hooked_layers", "MoE layers that a worker routes.", "worker")
-        self._activations = counter("cor_expert_activations", "Tokens processed times cor_budget.")
+        # Each only with its file: without one a zero would be a lie.
+        if state.scores_sha256 is not None:
+            gauge("cor_lambda", "Weight of CEI, 0 in a layer without one.", "layer")
+            gauge("cor_top_k", "Experts per token.", "layer")
+            gauge("cor_model_top_k", "Experts per token of the untouched model.")
+            gauge("cor_budget", "Experts per token, all MoE layers together.")
+            gauge("cor_model_budget", "cor_budget of the untouched model.")
+            self._activations = counter("cor_expert_activations", "Tokens processed times cor_budget.")
+        if state.router is not None:
+            gauge(
+                "cor_router_on",
+                "1 while the router of the router file is in force.",
+                "layer",
+                "router_sha256",
+            )
         # Without --cor-observe nothing counts these, and a zero would be a lie.
         self._counters = [counter(f"cor_{name}", _HELP[name], "layer") for name in COUNTERS if state.observe]
         self._counted: dict[int, list[int]] = {}
@@ -66,16 +75,18 @@ class Metrics:
 
     def publish(self, state: State) -> None:
         """Set the gauges to `state`, and every series of theirs that it does not have to 0."""
-        info = (state.mode, state.weights, state.scores_sha256, state.fingerprint, state.version)
+        files = (state.mode or "", state.weights or "", state.scores_sha256 or "")
         now: dict[str, dict[tuple[str, ...], float]] = {
-            "cor_info": {info: 1},
+            "cor_info": {(*files, state.fingerprint, state.version): 1},
             "cor_lambda": {(str(layer.layer),): layer.lambda_ for layer in state.layers},
             "cor_top_k": {(str(layer.layer),): layer.k for layer in state.layers},
-            "cor_model_top_k": {(): state.model_top_k},
-            "cor_budget": {(): state.budget},
-            "cor_model_budget": {(): state.model_budget},
+            "cor_model_top_k": {(): state.model_top_k or 0},
+            "cor_budget": {(): state.budget or 0},
+            "cor_model_budget": {(): state.model_budget or 0},
             "cor_hooked_layers": {(str(n),): w.hooked_layers for n, w in enumerate(state.workers)},
         }
+        if (router := state.router) is not None:
+            now["cor_router_on"] = {(str(router.layer), router.sha256): router.on}
         for name, shown in self._shown().items():
             gauge, labels = self._gauges[name]
             # A series cannot be removed if servers share files, those of earlier servers included.

@@ -3,15 +3,19 @@
 vLLM chains block hashes from the first block on, which includes the request's `cache_salt`. Ours stands
 before the user's own. Two scores files, or on and off, therefore never share a block, in this engine or in
 an external store of blocks.
+
+What the last decoder layer's experts add feeds no key and no value. A router file for that layer therefore
+leaves the cache as it is, and requests that run go on.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
 from cor_vllm.serve.config import CorConfig
 from cor_vllm.serve.objects import EngineCore, Owner, Request
-from cor_vllm.serve.process import config_of
+from cor_vllm.serve.process import config_of, overlay_of
 
 
 def preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -19,7 +23,7 @@ def preprocess_add_request(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def preprocess(core: EngineCore, request: Any) -> Any:
-        if salt := _salt(core):
+        if salt := salt_of(current(core)):
             request.cache_salt = salt + (request.cache_salt or "")
         return original(core, request)
 
@@ -46,7 +50,7 @@ def current(owner: Owner) -> CorConfig | None:
 
 def renew_salt(core: EngineCore, request: Request) -> None:
     """Hash a request's blocks anew if they were hashed under another routing than that of its engine core."""
-    salt = _salt(core)
+    salt = salt_of(current(core))
     if not salt or request.cache_salt.startswith(salt):
         return
     request.cache_salt = salt + request.cache_salt[len(salt) :]
@@ -54,11 +58,17 @@ def renew_salt(core: EngineCore, request: Request) -> None:
     request.update_block_hashes()
 
 
-def _salt(core: EngineCore) -> str:
-    config = current(core)
-    return "" if config is None else _digest(config)
-
-
 @functools.lru_cache(maxsize=4)
-def _digest(config: CorConfig) -> str:
-    return config.routing_digest()
+def salt_of(config: CorConfig | None) -> str:
+    """What keeps apart the blocks that are filled under these options; empty if stock vLLM fills the same.
+
+    With one engine's options its length is always the same, whatever is changed while it runs.
+    """
+    if config is None:
+        return ""
+    digest = config.routing_digest() if config.scores is not None else ""
+    overlay = overlay_of(config)
+    if overlay is None or overlay.layer == overlay.config.model.num_hidden_layers - 1:
+        return digest
+    router = overlay.fingerprint if config.router_on else "off"
+    return hashlib.sha256(f"{digest} {router}".encode()).hexdigest()

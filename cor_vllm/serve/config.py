@@ -8,7 +8,16 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from cor_vllm import modes
 from cor_vllm.errors import invalid, one_line
@@ -17,6 +26,8 @@ from cor_vllm.modes import MODES, ConfigError, LayerRouting, ModeName, Setting, 
 from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
 
 STABLE_LAMBDA = (0.05, 0.2)  # the range that the paper calls stable
+_NOUNS = {"scores": "scores file", "router": "router file"}  # the options that are paths
+_NEED_SCORES = ("lambda_", "swap_rate", "mode", "static_k", "weights", "seed", "observe")
 
 
 class CorOptions(dict[str, Any]):
@@ -87,7 +98,7 @@ class RoutingOptions(BaseModel):
         if self.static_k is not None:
             return self
         mode = self.mode or serving.mode
-        given = {**self.model_dump(by_alias=True), "mode": mode}
+        given = {**self.model_dump(by_alias=True, exclude_none=True), "mode": mode}
         if has_lambda(mode) and self.lambda_ is None and self.swap_rate is None:
             given["lambda"] = serving.lambda_
         return self.of(given)
@@ -107,23 +118,43 @@ class RoutingOptions(BaseModel):
 class CorConfig(RoutingOptions):
     """The options of Counterfactual Routing at serving time, `additional_config["cor"]`.
 
-    `sha256` is filled in when the engine starts: it ties compile caches to the file's content and lets a
-    worker notice a file that was replaced.
+    `sha256` and `router_sha256` are filled in when the engine starts: they tie compile caches to the files'
+    content and let a worker notice a file that was replaced.
     """
 
-    scores: str
-    admin: bool = False  # POST /v1/cor may change λ and mode
+    scores: str | None = None
+    router: str | None = None  # a router file, which replaces the router of one layer
+    admin: bool = False  # POST /v1/cor may change λ and mode, and switch the router of the file
     observe: bool = False  # count on the device what the routing does
-    sha256: str | None = None
+    sha256: str | None = None  # of the scores file
+    router_sha256: str | None = None
+    router_on: bool = True  # whether the router of the file is in force; changes while serving
 
-    @field_validator("scores", mode="before")
+    @field_validator("scores", "router", mode="before")
     @classmethod
-    def _path(cls, value: object) -> object:
+    def _path(cls, value: object, info: ValidationInfo) -> object:
+        if value is None:
+            raise PydanticCustomError("string_type", "Input should be a valid string")
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
         if value == "":  # which would be the working directory
-            raise ValueError("the path is empty: give that of a scores file, or leave the option out")
+            raise ValueError(
+                f"the path is empty: give that of a {_NOUNS[info.field_name or 'scores']}, or leave the "
+                "option out"
+            )
         return value
+
+    @model_validator(mode="after")
+    def _of_a_scores_file(self) -> Self:
+        if self.scores is None:
+            fields = type(self).model_fields
+            given = [name for name in _NEED_SCORES if getattr(self, name) != fields[name].default]
+            if given:
+                names = ", ".join(fields[name].alias or name for name in given)
+                raise ValueError(
+                    f"{names}: only with scores, the path of a scores file: give it, or leave this out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _changeable(self) -> Self:
@@ -135,23 +166,46 @@ class CorConfig(RoutingOptions):
     @classmethod
     def of(cls, options: Any) -> Self:
         """Validate `additional_config["cor"]`; ConfigError with one line if it is wrong."""
-        if not isinstance(options, dict) or "scores" not in options:
+        if not isinstance(options, dict) or not options.keys() & _NOUNS.keys():
             raise ConfigError(
                 f"cor: {one_line(repr(options))}: must be an object with `scores`, the path of a scores "
                 "file (`cor-vllm calibrate` writes one)"
             )
         return super().of(options)
 
-    def changed(self, lambda_: float | None, mode: str | None) -> Self:
-        """These options, resolved, with another λ or mode while the server runs; None stays as it is.
+    def changed(self, lambda_: float | None, mode: str | None, router: bool | None = None) -> Self:
+        """These options, resolved, with something else in force while the server runs; None stays as it is.
 
         A mode without λ keeps the λ before it, for the time when a mode with λ comes back.
+
+        Args:
+            lambda_: λ of all layers.
+            mode: a name of MODES.
+            router: whether the router of the router file is in force.
 
         Raises:
             ConfigError: there is nothing that it could mean.
         """
         if not self.admin:
-            raise ConfigError("this server was started without --cor-admin: its λ and mode are fixed")
+            raise ConfigError(
+                "this server was started without --cor-admin: what it routes by is fixed until it is "
+                "restarted"
+            )
+        new = self
+        if lambda_ is not None or mode is not None:
+            new = self._with_routing(lambda_, mode)
+        if router is not None:
+            if self.router is None:
+                raise ConfigError("this server has no router file: restart it with --cor-router FILE")
+            new = new.model_copy(update={"router_on": router})
+        new.check_together()
+        return new
+
+    def _with_routing(self, lambda_: float | None, mode: str | None) -> Self:
+        if self.scores is None:
+            raise ConfigError(
+                "this server has no scores file, so it has no λ and no mode: restart it with --cor-scores"
+            )
         new = mode or self.mode
         assert new is not None, "the options are resolved, and admin refuses static_k"
         if MODES[new].random:
@@ -163,9 +217,22 @@ class CorConfig(RoutingOptions):
             raise ConfigError(f"mode {new!r} has no λ: give mode {others} with it")
         return self.model_copy(update={"mode": new, "lambda_": lambda_, "swap_rate": None})
 
+    def check_together(self) -> None:
+        """Refuse a scores file, measured under the router of the router file, without that router.
+
+        Raises:
+            ConfigError: the router is off, and the mode, which is resolved, uses the scores.
+        """
+        stock = self.mode is not None and MODES[self.mode].is_stock
+        if self.scores is not None and self.router is not None and not (self.router_on or stock):
+            raise ConfigError(
+                "the scores were measured under the router of the router file, so the one is not served "
+                "without the other: keep the router on, or give mode 'off' with it"
+            )
+
     def routing_digest(self) -> str:
-        """SHA-256 of everything in the resolved options that changes which experts a token gets."""
-        routing = self.model_dump(exclude={"scores", "admin", "observe"})
+        """SHA-256 of all resolved options that change which experts a token gets, but for a router file."""
+        routing = self.model_dump(exclude={"admin", "observe", *_NOUNS, "router_sha256", "router_on"})
         if self.mode is not None and not has_lambda(self.mode):
             routing.update(lambda_=None, swap_rate=None)
         return hashlib.sha256(json.dumps(routing, sort_keys=True).encode()).hexdigest()

@@ -1,15 +1,22 @@
-"""Does this scores file fit this model, and can this engine route it? Asked before any weight is loaded."""
+"""Do these files fit this model, and can this engine route by them? Asked before any weight is loaded."""
 
+import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
+
+import torch
 
 from cor_vllm.copies import Difference, compare
 from cor_vllm.errors import CorError
 from cor_vllm.fingerprint import Routers, routers_of
+from cor_vllm.metadata import ModelInfo
+from cor_vllm.overlay import RouterOverlay
 from cor_vllm.scores import Scores
 from cor_vllm.serve import cpu
 from cor_vllm.serve.config import CorConfig
+from cor_vllm.serve.overlaid import dtype_refusal
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -22,18 +29,98 @@ _WITHOUT_DRAFT_MODEL = ("ngram", "ngram_gpu", "suffix")  # they guess from the t
 
 
 class MisfitError(CorError):
-    """A scores file of another model, or an engine that cannot be routed: one line with cause and remedy."""
+    """A file of another model, or an engine that cannot be routed: one line with cause and remedy."""
 
 
-def check(config: CorConfig, scores: Scores, vllm_config: "VllmConfig") -> None:
+@dataclasses.dataclass(frozen=True)
+class ModelFile:
+    """A file that belongs to one model, as far as it says which."""
+
+    path: str
+    noun: str
+    remake: str  # how a model gets such a file; goes on after "; "
+    model: ModelInfo
+    layers: tuple[int, ...] | None  # every MoE layer; None if the file does not say
+    replaced: int | None = None  # the layer whose router's values it replaces
+
+    @classmethod
+    def of_scores(cls, path: str, scores: Scores) -> Self:
+        """A scores file."""
+        remake = "calibrate this model with `cor-vllm calibrate`"
+        return cls(path, "scores file", remake, scores.config.model, tuple(scores.layer_index.tolist()))
+
+    @classmethod
+    def of_overlay(cls, path: str, overlay: RouterOverlay) -> Self:
+        """A router file."""
+        routers = overlay.config.model.routers
+        layers = None if routers is None else tuple(router.layer for router in routers)
+        remake = "make one for this model with `cor-vllm reroute`"
+        return cls(path, "router file", remake, overlay.config.model, layers, overlay.layer)
+
+
+def files_of(config: CorConfig, scores: Scores | None, overlay: RouterOverlay | None) -> list[ModelFile]:
+    """The files that the options name.
+
+    Args:
+        config: the options.
+        scores: their scores file, if they name one.
+        overlay: their router file, if they name one.
+    """
+    found = []
+    if scores is not None and config.scores is not None:
+        found.append(ModelFile.of_scores(config.scores, scores))
+    if overlay is not None and config.router is not None:
+        found.append(ModelFile.of_overlay(config.router, overlay))
+    return found
+
+
+def check(
+    config: CorConfig, scores: Scores | None, overlay: RouterOverlay | None, vllm_config: "VllmConfig"
+) -> None:
     """Refuse what cannot be right.
 
+    Args:
+        config: the options, with at least one of the two files.
+        scores: the scores file that they name.
+        overlay: the router file that they name.
+        vllm_config: of the engine, before any weight is loaded.
+
     Raises:
-        MisfitError: the file is another model's, or a feature of the engine would bypass the routing.
+        MisfitError: a file is another model's, the files are not of one measurement, or a feature of the
+            engine would bypass the routing.
     """
+    _check_pair(config, scores, overlay)
     _check_engine(vllm_config)
-    _check_model(config.scores, scores, vllm_config.model_config)
-    _check_checkpoint(config.scores, scores, vllm_config)
+    model = vllm_config.model_config
+    files = files_of(config, scores, overlay)
+    for file in files:
+        _check_model(file, model)
+    # Some models keep their routers in float32, whatever the dtype of the rest.
+    if overlay is not None and overlay.config.torch_dtype not in (model.dtype, torch.float32):
+        raise MisfitError(
+            f"{config.router}: the router of decoder layer {overlay.layer} "
+            f"{dtype_refusal(overlay, model.dtype)}"
+        )
+    _check_checkpoint(files, vllm_config)
+
+
+def _check_pair(config: CorConfig, scores: Scores | None, overlay: RouterOverlay | None) -> None:
+    """CEI of one router means nothing to another."""
+    measured_under = None if scores is None else scores.config.model.router_overlay
+    given = None if overlay is None else overlay.fingerprint
+    if scores is None or measured_under == given:
+        return
+    if overlay is None:
+        raise MisfitError(
+            f"{config.scores}: these scores were measured under a router overlay (fingerprint "
+            f"{measured_under}): serve with that file as --cor-router, or calibrate the model without one"
+        )
+    under = "the model's own router" if measured_under is None else f"another overlay ({measured_under})"
+    raise MisfitError(
+        f"{config.scores}: these scores were measured under {under}, and --cor-router replaces the router of "
+        f"decoder layer {overlay.layer}: measure them again with `cor-vllm calibrate MODEL --cor-router "
+        f"{config.router} --output …`, or leave out one of the two"
+    )
 
 
 def _check_engine(vllm_config: "VllmConfig") -> None:
@@ -63,35 +150,35 @@ def _check_engine(vllm_config: "VllmConfig") -> None:
         raise MisfitError(reason)
 
 
-def _check_model(path: str, scores: Scores, model: "ModelConfig") -> None:
-    file = scores.config.model
-    _compare(path, "architecture", file.architecture, model.architecture)
-    _compare(path, "num_hidden_layers", file.num_hidden_layers, model.get_total_num_hidden_layers())
-    _compare(path, "num_experts", file.num_experts, model.get_num_experts())
+def _check_model(file: ModelFile, model: "ModelConfig") -> None:
+    _compare(file, "architecture", file.model.architecture, model.architecture)
+    _compare(file, "num_hidden_layers", file.model.num_hidden_layers, model.get_total_num_hidden_layers())
+    _compare(file, "num_experts", file.model.num_experts, model.get_num_experts())
     top_k = model.get_num_experts_per_tok()
     static = f"; for {top_k} experts per token in every layer, leave the model's top_k and use --cor-static-k"
-    _compare(path, "top_k", file.top_k, top_k, f"{static} {top_k}")
+    _compare(file, "top_k", file.model.top_k, top_k, "" if file.replaced is not None else f"{static} {top_k}")
 
 
-def _compare(path: str, field: str, in_file: object, in_model: object, more: str = "") -> None:
+def _compare(file: ModelFile, field: str, in_file: object, in_model: object, more: str = "") -> None:
     if in_file != in_model:
         raise MisfitError(
-            f"{path}: {field}: the scores file has {in_file}, the model has {in_model}; calibrate this model "
-            f"with `cor-vllm calibrate`, or serve the model that the file was made for{more}"
+            f"{file.path}: {field}: the {file.noun} has {in_file}, the model has {in_model}; {file.remake}, "
+            f"or serve the model that the file was made for{more}"
         )
 
 
-def _check_checkpoint(path: str, scores: Scores, vllm_config: "VllmConfig") -> None:
+def _check_checkpoint(files: Sequence[ModelFile], vllm_config: "VllmConfig") -> None:
     load_format = format_of(vllm_config)
+    named = " and ".join(file.noun for file in files)
     if load_format == "dummy":
-        logger.warning("CoR: dummy weights, so the scores file's fingerprint is not compared")
+        logger.warning("CoR: dummy weights, so the %s's fingerprint is not compared", named)
         return
     if load_format not in _SAFETENSORS_FORMATS:
         raise MisfitError(
-            f"load format {load_format!r}: its routers cannot be compared with the scores file; "
+            f"load format {load_format!r}: its routers cannot be compared with the {named}; "
             f"load the safetensors checkpoint ({', '.join(_SAFETENSORS_FORMATS)})"
         )
-    for line in compare_files(path, scores, vllm_config, loader_files(vllm_config)):
+    for line in compare_files(files, vllm_config, loader_files(vllm_config)):
         logger.warning("CoR: %s", line)
 
 
@@ -100,12 +187,15 @@ def format_of(vllm_config: "VllmConfig") -> str:
     return str(getattr(vllm_config.load_config.load_format, "value", vllm_config.load_config.load_format))
 
 
-def compare_files(path: str, scores: Scores, vllm_config: "VllmConfig", files: list[Path]) -> list[str]:
-    """Compare the routers in the files that the engine's loader loads with those of the scores file.
+def compare_files(
+    files: Sequence[ModelFile], vllm_config: "VllmConfig", weights: Sequence[Path]
+) -> list[str]:
+    """Compare the routers in the files that the engine's loader loads with those of our files.
 
     Args:
-        path: the scores file's.
-        files: of `loader_files`.
+        files: ours.
+        vllm_config: of the engine.
+        weights: of `loader_files`.
 
     Returns:
         What is accepted and still worth a line.
@@ -114,8 +204,8 @@ def compare_files(path: str, scores: Scores, vllm_config: "VllmConfig", files: l
         MisfitError: they are another model's.
         FingerprintError: the files cannot be read.
     """
-    layers = vllm_config.model_config.get_total_num_hidden_layers()
-    return _compare_routers(path, scores, routers_of(files, layers))
+    found = routers_of(weights, vllm_config.model_config.get_total_num_hidden_layers())
+    return [line for file in files for line in _compare_routers(file, found)]
 
 
 def loader_files(vllm_config: "VllmConfig") -> list[Path]:
@@ -149,57 +239,63 @@ def loader_files(vllm_config: "VllmConfig") -> list[Path]:
     return [Path(file) for file in sorted(files, key=_natural_sort_key)]
 
 
-def _compare_routers(path: str, scores: Scores, found: Routers) -> list[str]:
-    file_layers = tuple(scores.layer_index.tolist())
-    if file_layers != found.layers:
-        if missing := sorted(set(file_layers) - set(found.layers)):
+def _compare_routers(file: ModelFile, found: Routers) -> list[str]:
+    if file.layers is not None and file.layers != found.layers:
+        if missing := sorted(set(file.layers) - set(found.layers)):
             raise MisfitError(
-                f"{path}: the model's files have no router for decoder layers {missing}, and the scores file "
-                "does: if a file is missing, download the model again; if it is another model, calibrate it"
+                f"{file.path}: the model's files have no router for decoder layers {missing}, and the "
+                f"{file.noun} does: if a file is missing, download the model again; if it is another model, "
+                f"{file.remake}"
             )
-        _compare(path, "number of MoE layers", len(file_layers), len(found.layers))
-        _compare(path, "layer_index", list(file_layers), list(found.layers))
-    model = scores.config.model
+        _compare(file, "number of MoE layers", len(file.layers), len(found.layers))
+        _compare(file, "layer_index", list(file.layers), list(found.layers))
+    model = file.model
     if model.routers is None:
         more = (
             " (this file is of the first version, which compares the routers' bytes: a copy in another dtype "
             "cannot be told from another model, and has to be calibrated again)"
         )
-        _compare(path, "fingerprint", model.fingerprint, found.fingerprint, more)
+        _compare(file, "fingerprint", model.fingerprint, found.fingerprint, more)
         return []
-    if [router.layer for router in model.routers] != list(file_layers):
-        raise MisfitError(f"{path}: model.routers: not the layers of layer_index; calibrate again")
+    if [router.layer for router in model.routers] != list(found.layers):
+        raise MisfitError(f"{file.path}: model.routers: not the layers of layer_index; {file.remake}")
     difference = compare(model.routers, found.info)
     if difference.other:
         more = f" (the routers of decoder layers {list(difference.other)} have other values)"
-        _compare(path, "fingerprint", model.fingerprint, found.fingerprint, more)
-    _refuse_rescaled(path, difference)
+        _compare(file, "fingerprint", model.fingerprint, found.fingerprint, more)
+    _refuse_rescaled(file, difference)
     same_bytes = all(a.tensors == b.tensors for a, b in zip(model.routers, found.info, strict=True))
     if same_bytes:  # otherwise the file contradicts itself
-        _compare(path, "fingerprint", model.fingerprint, found.fingerprint)
-    return _notes(difference)
+        _compare(file, "fingerprint", model.fingerprint, found.fingerprint)
+    return _notes(file, difference)
 
 
-def _refuse_rescaled(path: str, difference: Difference) -> None:
+def _refuse_rescaled(file: ModelFile, difference: Difference) -> None:
     if difference.rescaled:
         raise MisfitError(
-            f"{path}: in decoder layers {list(difference.rescaled)} the norm before the router has other "
-            "scales than in the model that the file was made for, and the router does not make up for them, "
-            "so it reads something else (some quantisers rescale this norm and leave out the router): "
-            "calibrate this model, or serve another copy"
+            f"{file.path}: in decoder layers {list(difference.rescaled)} the norm before the router has "
+            "other scales than in the model that the file was made for, and the router does not make up for "
+            "them, so it reads something else (some quantisers rescale this norm and leave out the router): "
+            f"{file.remake}, or serve another copy"
+        )
+    if file.replaced in difference.folded:
+        raise MisfitError(
+            f"{file.path}: the router of decoder layer {file.replaced} was rescaled together with the norm "
+            "before it, as AWQ does, so the values in the file do not fit: serve another copy, or "
+            f"{file.remake}"
         )
 
 
-def _notes(difference: Difference) -> list[str]:
+def _notes(file: ModelFile, difference: Difference) -> list[str]:
     notes = []
     if difference.folded:
         notes.append(
             f"the routers of decoder layers {list(difference.folded)} were rescaled together with the norm "
-            "before them, as AWQ does; they compute what the scores file was made for"
+            f"before them, as AWQ does; they compute what the {file.noun} was made for"
         )
     if difference.retrained:
         notes.append(
-            f"the routers of decoder layers {list(difference.retrained)} are those of the scores file, but "
-            "the norm before them is not: if the rest of the model was trained further, calibrate it again"
+            f"the routers of decoder layers {list(difference.retrained)} are those of the {file.noun}, but "
+            f"the norm before them is not: if the rest of the model was trained further, {file.remake}"
         )
     return notes

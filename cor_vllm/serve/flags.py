@@ -13,6 +13,7 @@ logger = logging.getLogger("vllm.cor")  # below vLLM's own, whose level and form
 # option of additional_config["cor"] → the argument that sets it
 _ARGUMENTS = {
     "scores": "cor_scores",
+    "router": "cor_router",
     "lambda": "cor_lambda",
     "swap_rate": "cor_swap_rate",
     "mode": "cor_mode",
@@ -24,6 +25,9 @@ _ARGUMENTS = {
 }
 
 
+_WITHOUT_SCORES = {"scores", "router", "admin"}  # options that mean something without a scores file
+
+
 def add(parser: Any) -> Any:
     """Add the flags as one group; vLLM's own parser is argparse with sugar."""
     group = parser.add_argument_group(
@@ -32,7 +36,13 @@ def add(parser: Any) -> Any:
     group.add_argument(
         "--cor-scores",
         metavar="PATH",
-        help="Scores file from `cor-vllm calibrate`. Without it the plugin changes nothing.",
+        help="Scores file from `cor-vllm calibrate`. Without it and --cor-router the plugin changes nothing.",
+    )
+    group.add_argument(
+        "--cor-router",
+        metavar="FILE",
+        help="Router file from `cor-vllm reroute`, which replaces the router of one layer. Works with or "
+        "without --cor-scores. With both, the scores must have been measured under this router.",
     )
     group.add_argument(
         "--cor-lambda",
@@ -72,8 +82,8 @@ def add(parser: Any) -> Any:
         "--cor-admin",
         action="store_true",
         default=None,
-        help="Let POST /v1/cor change lambda and mode while serving (see --api-key). Without it the endpoint "
-        "only reads.",
+        help="Let POST /v1/cor change lambda and mode, and switch the router of --cor-router, while serving "
+        "(see --api-key). Without it the endpoint only reads.",
     )
     group.add_argument(
         "--cor-observe",
@@ -89,8 +99,8 @@ def merge(args: argparse.Namespace) -> None:
     """Move the flags that were given into `args.additional_config["cor"]`; running it twice is harmless.
 
     Raises:
-        ConfigError: a flag without --cor-scores, or next to an additional_config["cor"] that is not a
-            dictionary.
+        ConfigError: a flag without the file that it needs, or next to an additional_config["cor"] that is not
+            a dictionary.
     """
     if getattr(args, "config", None) and multiprocessing.parent_process() is None:
         _warn_of_config(args.config)
@@ -101,15 +111,24 @@ def merge(args: argparse.Namespace) -> None:
     }
     if not given:
         return
-    flag = "--" + _ARGUMENTS[next(iter(given))].replace("_", "-")
+    flag = _flag(next(iter(given)))
     additional = dict(args.additional_config or {})
     options = additional.get("cor", {})
     if not isinstance(options, dict):
         raise ConfigError(f'{flag}: "cor" in --additional-config must be a dictionary, got {options!r}')
     options = {**options, **given}
     if "scores" not in options:
-        raise ConfigError(f"{flag} needs --cor-scores PATH, a file from `cor-vllm calibrate`")
+        for option in sorted(given.keys() - _WITHOUT_SCORES):
+            raise ConfigError(f"{_flag(option)} needs --cor-scores PATH, a file from `cor-vllm calibrate`")
+        if "router" not in options:
+            raise ConfigError(
+                f"{flag} needs --cor-scores PATH, a file from `cor-vllm calibrate`, or --cor-router"
+            )
     args.additional_config = {**additional, "cor": options}
+
+
+def _flag(option: str) -> str:
+    return "--" + _ARGUMENTS[option].replace("_", "-")
 
 
 @functools.cache  # vLLM asks for the same arguments several times

@@ -32,7 +32,7 @@ def factory(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def build_with_cor(*args: Any, **kwargs: Any) -> Any:
         config = config_of(get_current_vllm_config())
-        if config is None:
+        if config is None or config.scores is None:  # a router file alone leaves the layers to vLLM
             return original(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
@@ -189,11 +189,13 @@ def kernel_name(runner: "MoERunner") -> str:
 
 def gates(model: torch.nn.Module) -> dict[str, Any]:
     """The linear layer that makes the router logits of each MoE layer, by the MoE layer's name."""
-    found = {}
-    for name in moe_layers(model):
-        block = model.get_submodule(name.removesuffix(".base_layer").rpartition(".")[0])
-        gate = getattr(block, "gate", None)
-        gate = getattr(block, "router", None) if gate is None else gate
-        if gate is not None:
-            found[name] = getattr(gate, "base_layer", gate)  # below a LoRA adapter
-    return found
+    found = {name: linear_of(model, name) for name in moe_layers(model)}
+    # Below a LoRA adapter.
+    return {name: getattr(gate, "base_layer", gate) for name, gate in found.items() if gate is not None}
+
+
+def linear_of(model: torch.nn.Module, name: str) -> Any:
+    """What makes the router logits of the MoE layer `name`, with an adapter around it; None if unknown."""
+    block = model.get_submodule(name.removesuffix(".base_layer").rpartition(".")[0])
+    gate = getattr(block, "gate", None)
+    return getattr(block, "router", None) if gate is None else gate

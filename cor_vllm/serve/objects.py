@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from cor_vllm.serve.config import CorConfig
+from cor_vllm.serve.gate import Switch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -21,6 +22,7 @@ class Worker(Owner, Protocol):
     """One process that holds a model, or a part of one."""
 
     rank: int
+    cor_switch: Switch  # ours, set by overlaid.weights_arrived if this worker has the layer of a router file
 
     def get_model(self) -> torch.nn.Module:
         """The model, or this worker's part of it."""

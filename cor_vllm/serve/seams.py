@@ -191,6 +191,25 @@ _WORKER = (
          "read the router that a worker has loaded", late=True),
 )  # fmt: skip
 
+# ---- a router file replaces a router (serve/gate.py, serve/overlaid.py)
+
+_OVERLAY = (
+    Seam("vllm.model_executor.layers.linear", "", ("ReplicatedLinear",), "know a router that is not sharded"),
+    Seam("vllm.model_executor.layers.utils", "", ("dispatch_cpu_unquantized_gemm",),
+         "pack a router for its kernel on a CPU"),
+    Seam("vllm._custom_ops", "CPUDNNLGEMMHandler", ("handler_tensor",), "replace a packed router", late=True),
+    Seam(f"{_FUSED_MOE}.runner.moe_runner", "MoERunner", ("_fse_fuse_gate",),
+         "refuse a router that is fused with another", late=True),
+    Seam(f"{_FUSED_MOE}.router.gate_linear", "GateLinear", ("_rocm_bf16x3_weight_eligible",),
+         "refuse a router that its kernel holds twice", late=True),
+    Seam(f"{_FUSED_MOE}.router.cpu_router", "CPURouter",
+         ("scoring_func", "use_grouped_topk", "num_expert_group", "topk_group", "e_score_correction_bias"),
+         "know how vLLM's own router selects", late=True),
+    Seam(f"{_FUSED_MOE}.router.grouped_topk_router", "GroupedTopKRouter",
+         ("scoring_func", "num_expert_group", "topk_group", "e_score_correction_bias"),
+         "know how vLLM's own router selects", late=True),
+)  # fmt: skip
+
 # ---- a server runs
 
 _LIVE = (
@@ -248,5 +267,6 @@ _COMMANDS = (
 )  # fmt: skip
 
 SEAMS = (
-    *FLAGS, *_CONFIGURATION, *_LOADER, *_LAYERS, *_ROUTER, *_WORKER, *_LIVE, *_ENDPOINT, *_COMMANDS,
+    *FLAGS, *_CONFIGURATION, *_LOADER, *_LAYERS, *_ROUTER, *_WORKER, *_OVERLAY, *_LIVE, *_ENDPOINT,
+    *_COMMANDS,
 )  # fmt: skip

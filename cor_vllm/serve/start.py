@@ -9,9 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cor_vllm.scores import Scores, digest, parse, read_bytes
+from cor_vllm import overlay as overlay_file
+from cor_vllm import scores as scores_file
+from cor_vllm.overlay import RouterOverlay
+from cor_vllm.scores import Scores
 from cor_vllm.serve import cpu, fit, flags
 from cor_vllm.serve.config import CorConfig, CorOptions, LayerRouting, disabled, doubts, plan
+from cor_vllm.tensor_file import digest
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,15 +55,19 @@ def create_engine_config(original: Callable[..., "VllmConfig"]) -> Callable[...,
             logger.warning("CoR: COR_DISABLE is set; serving with the model's own routing")
             engine_args.additional_config = {k: v for k, v in additional.items() if k != "cor"}
             return original(engine_args, *args, **kwargs)
-        config, scores = _resolve(additional["cor"])
-        layers = plan(config, scores)
+        config, scores, overlay = _resolve(additional["cor"])
+        layers = plan(config, scores) if scores else {}
         engine_args.additional_config = {**additional, "cor": _dump(config)}
         vllm_config = original(engine_args, *args, **kwargs)
-        fit.check(config, scores, vllm_config)
-        widen_capture(vllm_config, layers)
+        fit.check(config, scores, overlay, vllm_config)
+        if layers:
+            widen_capture(vllm_config, layers)
         # Of several API servers, each of which comes here, the process that starts them speaks for all.
         if engine_args._api_process_count == 1 or engine_args._api_process_rank < 0:
-            _log_start(config, scores, layers)
+            if scores:
+                _log_scores(config, scores, layers)
+            if overlay:
+                _log_overlay(config, overlay)
             for line in cpu.warnings(vllm_config):
                 logger.warning("CoR: %s", line)
         return vllm_config
@@ -67,14 +75,23 @@ def create_engine_config(original: Callable[..., "VllmConfig"]) -> Callable[...,
     return create_with_cor
 
 
-def _resolve(options: Any) -> tuple[CorConfig, Scores]:
-    """The validated options with an absolute path, the file's digest and defaults; and the file."""
+def _resolve(options: Any) -> tuple[CorConfig, Scores | None, RouterOverlay | None]:
+    """The validated options with absolute paths, the files' digests and defaults; and the files."""
     config = CorConfig.of(options)
-    path = str(Path(config.scores).absolute())
-    data = read_bytes(path)
-    scores = parse(data, path)
-    config = config.resolved(scores.config.serving)
-    return config.model_copy(update={"scores": path, "sha256": digest(data)}), scores
+    scores = overlay = None
+    if config.scores is not None:
+        path = str(Path(config.scores).absolute())
+        data = scores_file.read_bytes(path)
+        scores = scores_file.parse(data, path)
+        config = config.resolved(scores.config.serving)
+        config = config.model_copy(update={"scores": path, "sha256": digest(data)})
+    if config.router is not None:
+        path = str(Path(config.router).absolute())
+        data = overlay_file.read_bytes(path)
+        overlay = overlay_file.parse(data, path)
+        config = config.model_copy(update={"router": path, "router_sha256": digest(data)})
+    config.check_together()
+    return config, scores, overlay
 
 
 def _dump(config: CorConfig) -> CorOptions:
@@ -92,11 +109,10 @@ def widen_capture(vllm_config: "VllmConfig", layers: dict[int, LayerRouting]) ->
         vllm_config.model_config.model_arch_config.num_experts_per_token = widest
 
 
-def _log_start(config: CorConfig, scores: Scores, layers: dict[int, LayerRouting]) -> None:
-    mode = config.mode or "static k"
+def _log_scores(config: CorConfig, scores: Scores, layers: dict[int, LayerRouting]) -> None:
     logger.info(
         "CoR: %s, %d MoE layers, %d of them with λ·CEI, Σ k_l = %d (the model's own %d), scores %s",
-        mode,
+        config.mode or "static k",
         len(layers),
         sum(layer.biased for layer in layers.values()),
         sum(layer.top_k for layer in layers.values()),
@@ -105,3 +121,15 @@ def _log_start(config: CorConfig, scores: Scores, layers: dict[int, LayerRouting
     )
     for line in doubts(config, scores):
         logger.warning("CoR: %s", line)
+
+
+def _log_overlay(config: CorConfig, overlay: RouterOverlay) -> None:
+    logger.info(
+        "CoR: the router of decoder layer %d is that of %s (drift %.3g, objective %s)",
+        overlay.layer,
+        config.router,
+        overlay.config.drift,
+        overlay.config.training.objective,
+    )
+    if harm := overlay.config.harm():
+        logger.warning("CoR: %s: %s", config.router, harm)

@@ -181,6 +181,21 @@ def _like_vllm(record: "LayerRecord", probs: np.ndarray, own: np.ndarray, k: int
     )
 
 
+def selects_best(record: "LayerRecord") -> np.ndarray:
+    """[tokens] bool: are a token's experts those of the model's own score? Rows that stand for none are left
+    out.
+
+    Args:
+        record: of a layer that the model's own score routes.
+    """
+    assert record.topk_ids is not None, "checked by the caller"
+    own, own_bias = _probabilities(record), record.scoring.correction_bias
+    own = own if own_bias is None else own + own_bias.double().numpy()
+    ids = record.topk_ids.long().numpy()
+    right: np.ndarray = _selects(ids, own, record, record.top_k, rounded=True)[ids[:, 0] >= 0]
+    return right
+
+
 def _probabilities(record: "LayerRecord") -> np.ndarray:
     assert record.router_logits is not None, "checked by the caller"
     logits = record.router_logits.double().numpy()

@@ -1,4 +1,4 @@
-"""Are the routers in a worker's memory those of the scores file? Asked once, when its weights are there."""
+"""Are the routers in a worker's memory those of its files? Asked once, when its weights are there."""
 
 import logging
 from typing import TYPE_CHECKING, Any
@@ -7,22 +7,19 @@ import torch
 
 from cor_vllm.checkpoint import RouterTensors, router_layers
 from cor_vllm.copies import RETRAINED
-from cor_vllm.serve.fit import MisfitError, compare_files, format_of, loader_files
+from cor_vllm.serve.fit import MisfitError, compare_files, files_of, format_of, loader_files
+from cor_vllm.serve.gate import ABSOLUTE, RELATIVE, is_unquantised, weight_of
 from cor_vllm.serve.layers import gates, moe_layers
-from cor_vllm.serve.process import config_of, scores_of
+from cor_vllm.serve.process import config_of, overlay_of, scores_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger("vllm.cor")  # below vLLM's own, whose level and format it takes on
 
-# A kernel that holds the weight in a form of its own gives it back as a product, with the kernel's rounding.
-RELATIVE, ABSOLUTE = 2.0**-8, 2.0**-24
-_ROWS = 1024  # of the identity matrix at a time
-
 
 def check_loaded(model: torch.nn.Module, vllm_config: "VllmConfig") -> None:
-    """Compare the loader's files with the scores file in this process, and the routers in memory with them.
+    """Compare the loader's files with ours in this process, and the routers in memory with them.
 
     The front end has compared the files before the start; they may have changed since, or differ on this
     node. Values are compared after the cast to the dtype in which the engine keeps them.
@@ -38,13 +35,14 @@ def check_loaded(model: torch.nn.Module, vllm_config: "VllmConfig") -> None:
     if config is None or format_of(vllm_config) == "dummy":
         return
     files = loader_files(vllm_config)  # asked once: for a hub id the loader looks the files up
-    compare_files(config.scores, scores_of(config), vllm_config, files)
+    scores = scores_of(config) if config.scores is not None else None
+    compare_files(files_of(config, scores, overlay_of(config)), vllm_config, files)
     held = _gates(model)
     other, quantised = [], []
     for router in router_layers(files, vllm_config.model_config.get_total_num_hidden_layers()):
         if (gate := held.pop(router.layer, None)) is None:
             continue  # on another pipeline stage
-        if _is_unquantised(gate):
+        if is_unquantised(gate):
             if not _is_same(router, gate):
                 other.append(router.layer)
         elif _is_near(router, gate):
@@ -54,13 +52,13 @@ def check_loaded(model: torch.nn.Module, vllm_config: "VllmConfig") -> None:
     if other or held:
         raise MisfitError(
             f"{vllm_config.model_config.model}: the engine has loaded other routers in decoder layers "
-            f"{sorted(other + list(held))} than its files hold, and the scores file was compared with the "
-            "files; start again, and keep the files as they are meanwhile"
+            f"{sorted(other + list(held))} than its files hold, and only the files were compared with what "
+            "it is routed by; start again, and keep the files as they are meanwhile"
         )
     if quantised:
         logger.warning(
-            "CoR: the engine has quantised the routers of decoder layers %s, and the scores were measured "
-            "with unquantised ones: leave the routers out of the quantisation",
+            "CoR: the engine has quantised the routers of decoder layers %s, and its files were made "
+            "for unquantised ones: leave the routers out of the quantisation",
             quantised,
         )
 
@@ -76,16 +74,10 @@ def _gates(model: torch.nn.Module) -> dict[int, Any]:
     return {extract_layer_index(name): gate for name, gate in found.items()}
 
 
-def _is_unquantised(gate: Any) -> bool:
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-
-    return isinstance(gate.quant_method, UnquantizedLinearMethod)
-
-
 def _is_same(router: RouterTensors, gate: Any) -> bool:
     """Every tensor of the file, after the cast to the engine's dtype, is in memory."""
     for name, stored in router.tensors.items():
-        memory = _weight(gate) if name == "weight" else getattr(gate, name, None)
+        memory = weight_of(gate) if name == "weight" else getattr(gate, name, None)
         if memory is None or memory.shape != stored.shape:
             return False
         wanted = stored.to(gate.params_dtype if name == "weight" else memory.dtype).float()
@@ -96,20 +88,5 @@ def _is_same(router: RouterTensors, gate: Any) -> bool:
 
 def _is_near(router: RouterTensors, gate: Any) -> bool:
     """The weight in memory is the file's but for what a quantisation of the load makes of it."""
-    stored, memory = router.tensors["weight"].float(), _weight(gate).float().cpu()
+    stored, memory = router.tensors["weight"].float(), weight_of(gate).float().cpu()
     return memory.shape == stored.shape and bool((memory - stored).norm() <= RETRAINED * stored.norm())
-
-
-def _weight(gate: Any) -> torch.Tensor:
-    """[N, H] the weight that a linear layer multiplies by.
-
-    vLLM's CPU build packs it for its kernel and drops it, and quantised layers hold another form: its product
-    with the identity matrix is the weight then.
-    """
-    weight: torch.Tensor | None = getattr(gate, "weight", None)
-    if weight is not None and weight.shape == (gate.output_size, gate.input_size) and _is_unquantised(gate):
-        return weight.detach()
-    device = next(gate.parameters()).device
-    identity = torch.eye(gate.input_size, dtype=gate.params_dtype, device=device)
-    rows = [gate.quant_method.apply(gate, part, None) for part in identity.split(_ROWS)]
-    return torch.cat(rows).T.contiguous()

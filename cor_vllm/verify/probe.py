@@ -43,6 +43,10 @@ class LayerRecord:
     exact_ids: torch.Tensor | None = None  # [T, top_k] what it makes of them when they come in float32
     exact_weights: torch.Tensor | None = None  # [T, top_k] float32, their weights
     unbiased_ids: torch.Tensor | None = None  # [T, top_k] what our routing step makes of them with λ = 0
+    # Of the layer whose router a router file replaces:
+    gate_input: torch.Tensor | None = None  # [T, H], what the linear layer that makes the logits was given
+    gate_output: torch.Tensor | None = None  # [T, N], what it made of it
+    gate_bias: torch.Tensor | None = None  # [N]
 
 
 def describe(name: str, runner: MoERunner) -> LayerRecord:
@@ -63,15 +67,33 @@ def describe(name: str, runner: MoERunner) -> LayerRecord:
 
 def _scoring(router: Any) -> Scoring:
     if not isinstance(router, CorRouter):
-        # A guess. That the router is not ours is a problem of its own, which the judge names.
-        return Scoring("softmax", renormalize=False)
+        return _scoring_of_vllm(router)
     own = router.scoring.total_bias()
     own = None if own is None else own.detach().to("cpu", copy=True)
     return dataclasses.replace(router.scoring, correction_bias=own)
 
 
+def _scoring_of_vllm(router: Any) -> Scoring:
+    """How vLLM's own router of a layer selects; how it weighs is not looked at.
+
+    If a scores file is served, that the router is not ours is a problem of its own, which the judge names.
+    """
+    known = vars(router)
+    groups = known.get("num_expert_group") if known.get("use_grouped_topk", True) else None
+    own = known.get("e_score_correction_bias")
+    return Scoring(
+        known.get("scoring_func", "softmax"),
+        renormalize=False,
+        num_expert_group=groups or 1,
+        topk_group=known["topk_group"] if groups else 1,
+        correction_bias=None if own is None else own.detach().to("cpu", copy=True),
+    )
+
+
 @contextlib.contextmanager
-def recording(model: torch.nn.Module, different_tokens: bool) -> Iterator[list[LayerRecord]]:
+def recording(
+    model: torch.nn.Module, different_tokens: bool, gate_of: int | None = None
+) -> Iterator[list[LayerRecord]]:
     """Record what passes through the MoE layers in the first forward of the with-block.
 
     The layers must run in Python: not inside a CUDA graph replay or a graph compiled for the CPU.
@@ -79,6 +101,7 @@ def recording(model: torch.nn.Module, different_tokens: bool) -> Iterator[list[L
     Args:
         model: of one worker.
         different_tokens: the forward will be of different tokens, so that the logits have to differ, too.
+        gate_of: the decoder layer whose linear layer that makes the logits is recorded, too.
     """
     layers = moe_layers(model)
     records = [describe(name, runner) for name, runner in layers.items()]
@@ -94,6 +117,9 @@ def recording(model: torch.nn.Module, different_tokens: bool) -> Iterator[list[L
                 )
             experts = runner.routed_experts
             stack.enter_context(_replaced(experts, "forward_modular", _listen_to_kernel(record)))
+            if record.layer_index == gate_of:
+                hook = gates(model)[record.name].register_forward_hook(_listen_to_gate(record))
+                stack.callback(hook.remove)
         yield records
     for record, runner in zip(records, layers.values(), strict=True):
         _add_stock(record, runner.router)
@@ -140,6 +166,16 @@ def _replaced(owner: Any, name: str, wrap: Any) -> Iterator[None]:
         yield
     finally:
         delattr(owner, name)
+
+
+def _listen_to_gate(record: LayerRecord) -> Any:
+    def listening(gate: Any, given: tuple[Any, ...], made: Any) -> None:
+        if record.gate_input is None:
+            record.gate_input = _host(given[0])
+            record.gate_output = _host(made[0] if isinstance(made, tuple) else made)
+            record.gate_bias = _host(getattr(gate, "bias", None))
+
+    return listening
 
 
 def _listen_to_router(record: LayerRecord) -> Any:

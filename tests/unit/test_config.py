@@ -58,6 +58,58 @@ def test_options_that_are_none(options: object) -> None:
         CorConfig.of(options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lambda": 0.1, "mode": "off"}, "cor: mode 'off' has no λ"),
+        ({"lambda": 0.1}, "cor: lambda: only with scores, the path of a scores file"),
+        ({"mode": "off", "seed": 1}, "cor: mode, seed: only with scores"),
+        ({"static_k": 3}, "cor: static_k: only with scores"),
+        ({"swap_rate": 0.1}, "cor: swap_rate: only with scores"),
+        ({"weights": "fused"}, "cor: weights: only with scores"),
+        ({"observe": True}, "cor: observe: only with scores"),
+        ({"router": ""}, "cor.router: the path is empty: give that of a router file"),
+        ({"router": None}, "cor.router: Input should be a valid string, got None"),
+    ],
+)
+def test_a_router_file_alone_has_nothing_of_a_scores_file(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        CorConfig.of({"router": "r", **options})
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_a_router_file_alone_keeps_its_options_on_the_way_to_a_worker() -> None:
+    config = CorConfig.of({"router": Path("r"), "admin": True})
+    assert CorConfig.of(config.model_dump(by_alias=True, exclude_none=True)) == config
+
+
+def with_router(**options: object) -> CorConfig:
+    return CorConfig.of({"router": "r", "admin": True, **options})
+
+
+def test_what_a_change_of_the_router_may_be() -> None:
+    off = with_router().changed(None, None, False)
+    assert not off.router_on and off.changed(None, None, True) == with_router()
+    with pytest.raises(ConfigError, match="no scores file, so it has no λ and no mode"):
+        with_router().changed(0.1, None)
+    with pytest.raises(ConfigError, match="no router file: restart it with --cor-router"):
+        CorConfig.of({"scores": "s", "mode": "full", "admin": True}).changed(None, None, False)
+    with pytest.raises(ConfigError, match="without --cor-admin"):
+        CorConfig.of({"router": "r"}).changed(None, None, False)
+
+
+def test_scores_that_were_measured_under_a_router_are_not_used_without_it() -> None:
+    both = with_router(scores="s", mode="full")
+    with pytest.raises(ConfigError, match="not served without the other"):
+        both.changed(None, None, False)
+    stock = both.changed(None, "off", False)  # which uses nothing of the scores
+    with pytest.raises(ConfigError, match="not served without the other"):
+        stock.changed(None, "full")
+    assert stock.changed(None, "full", True) == both
+    with pytest.raises(ConfigError, match="not served without the other"):
+        both.model_copy(update={"router_on": False}).check_together()
+
+
 def test_what_python_and_json_may_write() -> None:
     assert CorConfig.of({"scores": Path("a/s")}).scores == "a/s"
     assert CorConfig.of({"scores": "s", "lambda": 1}).lambda_ == 1.0

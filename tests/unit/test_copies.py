@@ -232,7 +232,7 @@ def test_a_router_that_the_files_lack_is_named(models, tmp_path: Path) -> None:
     with pytest.raises(
         fit.MisfitError, match=r"no router for decoder layers \[1\].*download the model again"
     ):
-        fit._compare_routers("S", make(original), lacking)
+        fit._compare_routers(fit.ModelFile.of_scores("S", make(original)), lacking)
 
 
 def test_what_describes_a_router_is_the_same_for_ever() -> None:
@@ -252,7 +252,7 @@ def test_committed_files_of_the_first_version_stay_valid(name: str) -> None:
     file = ROOT / "benchmarks" / "results" / "evaluation" / "scores" / f"{name}.safetensors"
     values = scores.load(file)
     assert values.config.model.routers is None
-    assert fit._compare_routers(str(file), values, read_routers(DEMO)) == []
+    assert fit._compare_routers(fit.ModelFile.of_scores(str(file), values), read_routers(DEMO)) == []
 
 
 def test_a_sketch_keeps_distances() -> None:

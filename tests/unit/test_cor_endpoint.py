@@ -24,13 +24,20 @@ JSON = {"content-type": "application/json"}
 
 
 class Cardboard:
-    """Two engines of two workers that keep λ and mode, and refuse mode `expert`."""
+    """Two engines of two workers that keep λ, mode and router, and refuse mode `expert`.
 
-    def __init__(self, admin: bool = True, observe: bool = False) -> None:
+    Those of `router` have a router file, for layer 3, which only the second worker holds.
+    """
+
+    def __init__(
+        self, admin: bool = True, observe: bool = False, router: bool = False, scores: bool = True
+    ) -> None:
         self.engine_core = self
-        self.options = [{"lambda": 0.1, "mode": "full"} for _ in range(2)]
-        self.fixed = {"sha256": "a" * 64, "swap_rate": None, "static_k": None, "weights": "router",
-                      "seed": 0, "admin": admin, "observe": observe}  # fmt: skip
+        self.scores = scores
+        self.options = [{"lambda": 0.1, "mode": "full"} if scores else {} for _ in range(2)]
+        self.routers: list[bool | None] = [True if router else None] * 2
+        self.fixed = {"sha256": "a" * 64 if scores else None, "swap_rate": None, "static_k": None,
+                      "weights": "router", "seed": 0, "admin": admin, "observe": observe}  # fmt: skip
         self.changes = 0
         self.counts = [[0, 0, 0, 0], [0, 0, 0, 0]]
 
@@ -38,21 +45,30 @@ class Cardboard:
         return [getattr(self, method)(engine, *args) for engine in range(2)]
 
     def cor_status(self, engine: int) -> list[dict[str, Any]]:
-        options = {**self.fixed, **self.options[engine]}
+        options = {"lambda": None, "mode": None, **self.fixed, **self.options[engine]}
+        options["router_on"] = self.routers[engine] is not False
         layers = [
             {"layer": i, "name": f"layers.{i}", "router": "CorRouter", "kernel": "K", "k": k,
              "lambda": 0.0 if options["mode"] in ("off", "layer") else options["lambda"], "biased": True}
             for i, k in ((1, 2), (3, 4))
-        ]  # fmt: skip
+        ] if self.scores else []  # fmt: skip
+        router = {"sha256": "c" * 64, "fingerprint": "d" * 64, "layer": 3, "on": self.routers[engine],
+                  "drift": 0.25, "objective": "epo", "warnings": ["it harms"]}  # fmt: skip
+        high = self.scores and options["lambda"] > 0.2
         worker = {"version": "1", "fingerprint": "f" * 64, "model_top_k": 3, "options": options,
-                  "warnings": [f"λ = {options['lambda']}"] if options["lambda"] > 0.2 else []}  # fmt: skip
-        return [{**worker, "rank": rank, "layers": layers[rank:]} for rank in range(2)]
+                  "warnings": [f"λ = {options['lambda']}"] if high else []}  # fmt: skip
+        held = [None, router if self.routers[engine] is not None else None]
+        return [{**worker, "rank": rank, "layers": layers[rank:], "router": held[rank]} for rank in range(2)]
 
-    def cor_check(self, engine: int, lambda_: float | None, mode: str | None) -> str:
+    def cor_check(self, engine: int, lambda_: float | None, mode: str | None, router: bool | None) -> str:
+        if router is not None and self.routers[engine] is None:
+            return "this server has no router file"
         return "layers [1] have another k" if mode == "expert" and engine == 1 else ""
 
-    def cor_change(self, engine: int, lambda_: float | None, mode: str | None) -> str:
+    def cor_change(self, engine: int, lambda_: float | None, mode: str | None, router: bool | None) -> str:
         self.changes += 1
+        if router is not None:
+            self.routers[engine] = router
         new = {"lambda": lambda_, "mode": mode}
         self.options[engine].update({name: value for name, value in new.items() if value is not None})
         return ""
@@ -104,6 +120,60 @@ def test_a_change_reaches_every_engine_and_is_read_back():
     assert sample(client, "cor_info", mode="full", **info) == 0
     back = client.post("/v1/cor", json={"mode": "full"}).json()
     assert back["lambda"] == 0.25  # what a request leaves out stays
+
+
+def test_the_router_of_a_file_is_shown_and_switched_on_every_engine(caplog):
+    cardboard = Cardboard(router=True)
+    client = serve(cardboard)
+    shown = client.get("/v1/cor").json()["router"]
+    assert shown == {
+        "sha256": "c" * 64, "fingerprint": "d" * 64, "layer": 3, "on": True, "drift": 0.25,
+        "objective": "epo", "warnings": ["it harms"],
+    }  # fmt: skip
+    labels = {"layer": "3", "router_sha256": "c" * 64}
+    assert sample(client, "cor_router_on", **labels) == 1
+    with caplog.at_level("INFO", "vllm.cor"):
+        answer = client.post("/v1/cor", json={"router": False}).json()
+    assert answer["router"] == {**shown, "on": False} and answer["mode"] == "full"
+    assert cardboard.routers == [False, False]
+    assert sample(client, "cor_router_on", **labels) == 0
+    assert [record.getMessage() for record in caplog.records if record.name == "vllm.cor"] == [
+        "CoR: mode full, λ 0.1, router of the file on → mode full, λ 0.1, router of the file off",
+        "CoR: it harms",
+    ]
+    assert client.post("/v1/cor", json={"router": True, "lambda": 0.15}).json()["lambda"] == 0.15
+    assert client.get("/v1/cor").json()["router"]["on"]
+
+
+def test_without_a_scores_file_what_depends_on_one_is_null():
+    client = serve(Cardboard(router=True, scores=False))
+    answer = client.get("/v1/cor").json()
+    null = ("scores_sha256", "mode", "lambda", "swap_rate", "static_k", "weights", "seed", "model_top_k",
+            "budget", "model_budget")  # fmt: skip
+    assert {name: answer[name] for name in null} == dict.fromkeys(null)
+    assert (answer["layers"], answer["router"]["on"], answer["fingerprint"]) == ([], True, "f" * 64)
+    assert [w["hooked_layers"] for w in answer["workers"]] == [0] * 4
+    assert sample(client, "cor_router_on", layer="3", router_sha256="c" * 64) == 1
+    assert sample(client, "cor_budget") is None and sample(client, "cor_model_top_k") is None
+    info = {"mode": "", "weights": "", "scores_sha256": "", "fingerprint": "f" * 64, "version": "1"}
+    assert sample(client, "cor_info", **info) == 1
+
+
+def test_a_server_without_a_router_file_has_nothing_to_switch():
+    cardboard = Cardboard()
+    client = serve(cardboard)
+    assert client.get("/v1/cor").json()["router"] is None
+    answer = client.post("/v1/cor", json={"router": False})
+    assert answer.status_code == 409 and "no router file" in answer.json()["error"]["message"]
+    assert cardboard.changes == 0
+    assert sample(client, "cor_router_on", layer="3", router_sha256="c" * 64) is None
+
+
+def test_engines_whose_routers_differ_are_reported():
+    cardboard = Cardboard(router=True)
+    client = serve(cardboard)
+    cardboard.routers[1] = False
+    assert "engine 1 routes otherwise" in client.get("/v1/cor").json()["error"]["message"]
 
 
 def test_where_one_engine_refuses_none_changes():
@@ -171,7 +241,8 @@ def malformed() -> list[bytes]:
         b"[" * 4000, b'{"a":' * 800, b'{"lambda": 0.1}' + b" " * 5000, b'{"' + b"a" * 4000 + b'": 1}',
         b"\x00" * 100,
         b'{"lambda": 0.1, "k": [1, 2]}', b'{"__proto__": {"lambda": 0.1}}',
-        b'{"lambda": 9' + b"9" * 4000 + b"}",
+        b'{"lambda": 9' + b"9" * 4000 + b"}", b'{"router": null}', b'{"router": 1}', b'{"router": "off"}',
+        b'{"router": "/etc/passwd"}', b'{"router": [false]}',
     ]  # fmt: skip
     generator = random.Random(0)
     valid = [b'{"lambda": 0.125}', b'{"mode": "off"}', b'{"lambda": 0.2, "mode": "full"}']

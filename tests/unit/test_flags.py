@@ -58,6 +58,13 @@ def test_ways_to_give_the_file(parser: Any, arguments: list[str]) -> None:
     assert cor(parser, *arguments) == {"cor": {"scores": "s"}}
 
 
+def test_a_router_file_needs_no_scores_file(parser: Any) -> None:
+    assert cor(parser, "--cor-router", "r", "--cor-admin") == {"cor": {"router": "r", "admin": True}}
+    assert cor(parser, "--cor-router", "r", "--cor-scores", "s") == {"cor": {"router": "r", "scores": "s"}}
+    given = '{"cor": {"router": "r"}}'
+    assert cor(parser, "--additional-config", given, "--cor-admin")["cor"] == {"router": "r", "admin": True}
+
+
 def test_flags_and_additional_config_are_one_set_of_options(parser: Any) -> None:
     given = {"cor": {"scores": "s", "lambda": 0.1}, "other": 1}
     merged = cor(parser, "--additional-config", json.dumps(given), "--cor-lambda", "0.3", "--cor-admin")
@@ -98,7 +105,8 @@ def test_what_the_parser_refuses(parser: Any, arguments: list[str]) -> None:
     ("arguments", "message"),
     [
         (["--cor-lambda", "0.1"], "--cor-lambda needs --cor-scores PATH"),
-        (["--cor-admin"], "--cor-admin needs --cor-scores PATH"),
+        (["--cor-admin"], "--cor-admin needs --cor-scores PATH, a file from `cor-vllm calibrate`, or --c"),
+        (["--cor-router", "r", "--cor-observe", "--cor-lambda", "1"], "--cor-lambda needs --cor-scores PATH"),
         (["--additional-config", '{"cor": "s"}', "--cor-lambda", "0.1"], '--cor-lambda: "cor" in --addi'),
         (["--additional-config", '{"cor": null}', "--cor-scores", "s"], '--cor-scores: "cor" in --addi'),
     ],
