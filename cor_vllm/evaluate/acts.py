@@ -26,7 +26,7 @@ class Model(Protocol):
     def gates(self) -> "Gates": ...
 
     def routed(
-        self, scores: Scores, options: Options, thresholds: Sequence[float] | None = None
+        self, scores: Scores | None, options: Options, thresholds: Sequence[float] | None = None
     ) -> "RoutedCondition": ...
 
     def gated_by_output(self, found: "RoutedCondition") -> "Call": ...
@@ -36,12 +36,15 @@ class Model(Protocol):
     def iti_fold(self, fold: int) -> AbstractContextManager[None]: ...
 
 
-Act = Callable[[Model, Any, Scores, Options], AbstractContextManager["RoutedCondition"]]
-"""(model, harness.transformers_model over it, the condition's scores and options) → its routing meanwhile"""
+Act = Callable[[Model, Any, Scores | None, Options], AbstractContextManager["RoutedCondition"]]
+"""(model, harness.transformers_model over it, the condition's scores and options) → its routing meanwhile.
+
+Options come with scores.
+"""
 
 
 @contextmanager
-def routing(model: Model, lm: Any, scores: Scores, options: Options) -> "Iterator[RoutedCondition]":
+def routing(model: Model, lm: Any, scores: Scores | None, options: Options) -> "Iterator[RoutedCondition]":
     """The routing of the options, as a server has it."""
     found = model.routed(scores, options)
     with model.model.routing(found.rules):
@@ -49,7 +52,9 @@ def routing(model: Model, lm: Any, scores: Scores, options: Options) -> "Iterato
 
 
 @contextmanager
-def router_gate(model: Model, lm: Any, scores: Scores, options: Options) -> "Iterator[RoutedCondition]":
+def router_gate(
+    model: Model, lm: Any, scores: Scores | None, options: Options
+) -> "Iterator[RoutedCondition]":
     """That, with the bias only for tokens of which a layer's router is uncertain."""
     found = model.routed(scores, options, model.gates.router)
     with model.model.routing(found.rules):
@@ -57,7 +62,9 @@ def router_gate(model: Model, lm: Any, scores: Scores, options: Options) -> "Ite
 
 
 @contextmanager
-def output_gate(model: Model, lm: Any, scores: Scores, options: Options) -> "Iterator[RoutedCondition]":
+def output_gate(
+    model: Model, lm: Any, scores: Scores | None, options: Options
+) -> "Iterator[RoutedCondition]":
     """That, only for tokens of which the model's output is uncertain."""
     found = model.routed(scores, options)
     lm.forward = model.gated_by_output(found)
@@ -68,7 +75,7 @@ def output_gate(model: Model, lm: Any, scores: Scores, options: Options) -> "Ite
 
 
 @contextmanager
-def dola(model: Model, lm: Any, scores: Scores, options: Options) -> "Iterator[RoutedCondition]":
+def dola(model: Model, lm: Any, scores: Scores | None, options: Options) -> "Iterator[RoutedCondition]":
     """The routing of the options, and DoLa on top of it."""
     lm.around, lm.final = model.dola, True
     try:
@@ -79,7 +86,7 @@ def dola(model: Model, lm: Any, scores: Scores, options: Options) -> "Iterator[R
 
 
 @contextmanager
-def iti(model: Model, lm: Any, scores: Scores, options: Options) -> "Iterator[RoutedCondition]":
+def iti(model: Model, lm: Any, scores: Scores | None, options: Options) -> "Iterator[RoutedCondition]":
     """The routing of the options, and ITI on top of it."""
     lm.folds = model.iti_fold
     try:

@@ -23,6 +23,7 @@ class Claim:
     options: dict[str, Any] | None  # `additional_config["cor"]` less `scores`; None: no plugin
     scores: Scores | None = None  # None: any file, with its own λ if `options` have none
     sha256: str | None = None  # of the scores file
+    router: str | None = None  # fingerprint of the router that replaces one of the model's; None: none
 
 
 def state_of(answer: Any, where: str) -> State | None:
@@ -47,6 +48,14 @@ def described(state: State | None) -> str:
     """How a server routes, in one line."""
     if state is None:
         return "no counterfactual routing"
+    parts = [] if state.scores_sha256 is None else _described_scores(state, state.scores_sha256)
+    if state.router is not None:
+        off = "" if state.router.on else ", off"
+        parts.append(f"router {state.router.fingerprint[:12]} in layer {state.router.layer}{off}")
+    return ", ".join([*parts, *(["admin"] if state.admin else [])])
+
+
+def _described_scores(state: State, sha256: str) -> list[str]:
     parts = [f"mode {state.mode}"]
     if state.static_k is not None:
         parts = [f"static k {state.static_k}"]
@@ -58,9 +67,7 @@ def described(state: State | None) -> str:
         parts.append(f"weights {state.weights}")
     if state.mode in MODES and MODES[state.mode].random:
         parts.append(f"seed {state.seed}")
-    parts.append(f"Σ k_l {state.budget}")
-    parts.append(f"scores {(state.scores_sha256 or 'none')[:12]}")
-    return ", ".join([*parts, *(["admin"] if state.admin else [])])
+    return [*parts, f"Σ k_l {state.budget}", f"scores {sha256[:12]}"]
 
 
 def check(where: str, name: str, claim: Claim, state: State | None) -> None:
@@ -85,11 +92,30 @@ def check(where: str, name: str, claim: Claim, state: State | None) -> None:
 
 def differences(claim: Claim, state: State | None) -> list[str]:
     """What a server says otherwise than the row claims; empty if they agree."""
-    if claim.options is None:
+    if claim.options is None and claim.router is None:
         return [] if state is None else ["the row stands for a server without the plugin's routing"]
     if state is None:
+        what = "another router" if claim.options is None else "counterfactual routing"
+        return [f"the row stands for {what}, which the server has not"]
+    found = _router(claim, state)
+    if claim.options is None:
+        alone = state.scores_sha256 is None
+        return found or ([] if alone else ["the row stands for a router alone, and the server has scores"])
+    return found or _routing(claim, claim.options, state)
+
+
+def _router(claim: Claim, state: State) -> list[str]:
+    """What is in force in place of the model's own router otherwise than the row claims."""
+    theirs = state.router.fingerprint if state.router is not None and state.router.on else None
+    ours, theirs = (name[:12] if name else "the model's own" for name in (claim.router, theirs))
+    return [] if ours == theirs else [f"the router is {theirs}, not {ours}"]
+
+
+def _routing(claim: Claim, options: dict[str, Any], state: State) -> list[str]:
+    """What a server with scores says otherwise than the row claims."""
+    if state.scores_sha256 is None:
         return ["the row stands for counterfactual routing, which the server has not"]
-    config = RoutingOptions.of(claim.options)
+    config = RoutingOptions.of(options)
     if claim.scores is not None:
         config = config.resolved(claim.scores.config.serving)
     found = [

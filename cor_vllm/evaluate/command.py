@@ -35,12 +35,28 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "other choices of the calibration. Names that differ in a number at the end alone, like facts0 and "
         "facts1, are draws of one calibration: the table also has their mean",
     )
+    add(
+        "--cor-router",
+        metavar="FILE",
+        type=path,
+        help="a router file of cor-vllm reroute, next to --cor-scores or without it. It adds the row router, "
+        "with that router, and the rows router-random-0 and so on, each with a random router that is as far "
+        "from the model's own. If a scores file was measured with that router, its rows run with it, too. "
+        "The rows of other scores files, and standard, run with the model's own router",
+    )
+    add(
+        "--router-draws",
+        type=int,
+        default=3,
+        metavar="N",
+        help="how many random routers are drawn, each for a condition of its own (default: %(default)s)",
+    )
     add("--cor-lambda", type=float, metavar="L", help="λ of expert and full (default: the file's)")
     add(
         "--conditions",
         metavar="LIST",
         help="comma-separated: names, patterns with *, or quick (standard twice, expert, full, and "
-        "full with permuted CEI), paper, all (default: quick)",
+        "full with permuted CEI, and the rows that --cor-router adds), paper, all (default: quick)",
     )
     add(
         "--permutations",
@@ -50,7 +66,7 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="how many times the CEI of each file is permuted, each time for a condition of its own "
         "(default: %(default)s)",
     )
-    add("--list-conditions", action="store_true", help="print the conditions of these scores files, and stop")
+    add("--list-conditions", action="store_true", help="print the conditions of these files, and stop")
     add(
         "--server",
         action="append",
@@ -178,6 +194,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
         served_name=args.served_name,
         conditions=tuple((args.conditions or "quick").split(",")),
         permutations=args.permutations,
+        router=args.cor_router,
+        router_draws=args.router_draws,
         lambda_=args.cor_lambda,
     )
     if args.list_conditions:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from cor_vllm.evaluate.benchmarks import EvaluationError
-from cor_vllm.evaluate.conditions import AGAIN, STANDARD
+from cor_vllm.evaluate.conditions import AGAIN, ROUTER, STANDARD
 from cor_vllm.evaluate.runs import Column, Run
 from cor_vllm.evaluate.statistics import Difference, compare, holm, item_means, mean
 
@@ -38,10 +38,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Control:
-    """A condition against itself under permuted CEI."""
+    """A condition against its controls: itself under permuted CEI, or under random routers."""
 
-    cell: Cell  # against the mean of the permutations
-    above: int  # of how many permutations its own mean is higher
+    cell: Cell  # against the mean of the controls
+    above: int  # of how many of them its own mean is higher
     permutations: int
 
 
@@ -125,13 +125,13 @@ def _repeat(runs: Sequence[Run], quantity: str) -> dict[str, float]:
 
 
 def against_permuted(runs: Sequence[Run], quantity: str, seed: int = 0) -> dict[tuple[str, str], Control]:
-    """(condition, benchmark) → comparison with the same condition under permuted CEI.
+    """(condition, benchmark) → comparison with its controls: permuted CEI, or random routers.
 
     An item's control is its mean over the permutations. p corrected over all comparisons (Holm). Interval
     and p take the permutations as they are; how far one is from the next shows in how many are reached.
 
     Args:
-        runs: the table's rows; those without permuted rows are left out.
+        runs: the table's rows; those without controls are left out.
         quantity: a key of items.Items.
         seed: of the bootstrap.
     """
@@ -196,7 +196,7 @@ def samples(
             least one of them has numbered permutations.
         controls: a pattern; None: every numbered permutation.
     """
-    numbered = [run for run in runs if run.control_of and run.draw_of]
+    numbered = [run for run in runs if run.control_of not in (None, ROUTER) and run.draw_of]
     theirs = (
         {run.condition for run in numbered}
         if controls is None

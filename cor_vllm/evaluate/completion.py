@@ -13,7 +13,7 @@ from cor_vllm.evaluate import acts, runs
 from cor_vllm.evaluate.benchmarks import Benchmark, EvaluationError
 from cor_vllm.evaluate.conditions import Condition
 from cor_vllm.evaluate.harness import canary, measure
-from cor_vllm.evaluate.options import Backend, EvaluateOptions, scores_path
+from cor_vllm.evaluate.options import Backend, EvaluateOptions, read_overlay, scores_path
 from cor_vllm.evaluate.runs import Run
 from cor_vllm.evaluate.verdict import chat_note, cut_note
 from cor_vllm.version import __version__
@@ -36,6 +36,9 @@ def new_run(
         "gate": acts.GATES.get(condition.act),
         **settings,
     }
+    overlay = None if condition.router is None else read_overlay(options)
+    if overlay is not None:  # the key of a run with the model's own router is that of before
+        settings["router"] = overlay.fingerprint
     return Run(
         condition=condition.name,
         description=condition.description,

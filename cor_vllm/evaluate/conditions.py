@@ -1,8 +1,7 @@
-"""The conditions of the table: each is a scores file, perhaps changed, and serving options."""
+"""The conditions of the table: each is a scores file, perhaps changed, serving options, and a router."""
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,11 +14,19 @@ from cor_vllm.modes import MODES, by_size, has_lambda
 from cor_vllm.scores import SWAP_RATE_LAMBDAS, Scores
 
 STANDARD, AGAIN = "standard", "standard-again"
-PERMUTATIONS = 3  # by default
+ROUTER, ROUTER_RANDOM = "router", "router-random"
+PERMUTATIONS, ROUTER_DRAWS = 3, 3  # by default
 SWAP_RATES = (0.05, 0.15)
 
 Sources = dict[str, Scores]
 """The scores files: the main one under "", others by the name given with --also."""
+
+
+@dataclass(frozen=True)
+class Rerouted:
+    """The router of --cor-router in place of the model's own, or a random one that is as far from that."""
+
+    seed: int | None = None  # of the random one; None: the router of the file
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,8 @@ class Condition:
     change: Callable[[Scores], Scores] | None = None  # what is done to the scores first
     source: str = ""  # which scores file; "" is --cor-scores
     act: acts.Act = acts.routing  # what is done to a model of transformers; a server can only route
-    control_of: str | None = None  # the row that this one is with CEI permuted
+    router: Rerouted | None = None  # what takes the place of one layer's router; None: the model's own
+    control_of: str | None = None  # the row that this one is with CEI permuted, or with a random router
     draw_of: str | None = None  # the name that rows share if only a draw differs; their mean has it
     static: bool = False  # as many experts in every layer, by the model's own score
 
@@ -83,6 +91,14 @@ def _noise(scores: Scores, seed: int) -> torch.Tensor:
     return scaled - scaled.min(dim=1, keepdim=True).values
 
 
+def references() -> list[Condition]:
+    """The conditions that others are compared with."""
+    return [
+        Condition(STANDARD, "the model's own routing, no plugin"),
+        Condition(AGAIN, "the same once more: the noise of the measurement itself"),
+    ]
+
+
 def modes(biased: dict[str, Any]) -> list[Condition]:
     """The conditions that are defined without a scores file at hand.
 
@@ -90,8 +106,7 @@ def modes(biased: dict[str, Any]) -> list[Condition]:
         biased: how λ is set; empty: by the file that a server has.
     """
     return [
-        Condition(STANDARD, "the model's own routing, no plugin"),
-        Condition(AGAIN, "the same once more: the noise of the measurement itself"),
+        *references(),
         *(
             Condition(name, MODES[name].description, {"mode": name, **(biased if has_lambda(name) else {})})
             for name in sorted(by_size(), key=lambda name: not MODES[name].random)
@@ -102,8 +117,14 @@ def modes(biased: dict[str, Any]) -> list[Condition]:
     ]
 
 
-# What the names of rows look like that only a scores file defines; a server's own name must not.
-DEFINED_BY_A_FILE = ("static-*", "expert-lambda*", "expert-swap*", "*-permuted*", "random-bias", "*@*")
+# What the names of rows look like that only a file defines, and the flag that names the file; a server's own
+# name must not look so.
+DEFINED_BY_A_FILE = {
+    **dict.fromkeys(
+        ("static-*", "expert-lambda*", "expert-swap*", "*-permuted*", "random-bias", "*@*"), "--cor-scores"
+    ),
+    **dict.fromkeys((ROUTER, f"{ROUTER_RANDOM}-*"), "--cor-router"),
+}
 
 
 def on_transformers(biased: dict[str, Any]) -> list[Condition]:
@@ -154,6 +175,45 @@ def table(sources: Sources, lam: float, permutations: int = PERMUTATIONS) -> lis
     for source in filter(None, sources):
         rows += _from(source, biased, permutations)
     return rows
+
+
+def router_rows(draws: int) -> list[Condition]:
+    """The row of a router file, and its controls, over which a mean is taken.
+
+    Args:
+        draws: of random routers, each as far from the model's own as that of the file.
+    """
+    random = "a random change of the same router, as large as that of --cor-router"
+    return [
+        Condition(ROUTER, "the router of --cor-router", router=Rerouted()),
+        *(
+            Condition(
+                f"{ROUTER_RANDOM}-{seed}", random, router=Rerouted(seed),
+                control_of=ROUTER, draw_of=ROUTER_RANDOM,
+            )
+            for seed in range(draws)
+        ),
+    ]  # fmt: skip
+
+
+def as_measured(rows: Iterable[Condition], sources: Sources) -> list[Condition]:
+    """The rows of scores files next to a router file: each with the router that its scores are about.
+
+    Args:
+        rows: those of `table`.
+        sources: the scores files; one that names a router overlay names that of the router file.
+    """
+    return [_as_measured(row, sources) for row in rows]
+
+
+def _as_measured(row: Condition, sources: Sources) -> Condition:
+    if row.name in (STANDARD, AGAIN):
+        return row
+    scores = sources[row.source]
+    if row.options is None or scores.config.model.router_overlay is None:
+        return dataclasses.replace(row, description=f"{row.description}; with the model's own router")
+    description = f"{row.description}; with the router of --cor-router"
+    return dataclasses.replace(row, description=description, router=Rerouted())
 
 
 def _permuted(name: str, description: str, options: dict[str, Any]) -> Condition:
@@ -212,7 +272,7 @@ def _from(source: str, biased: dict[str, Any], permutations: int) -> list[Condit
 
 
 GROUPS = {
-    "quick": (STANDARD, AGAIN, "full", "expert", "full-permuted"),
+    "quick": (STANDARD, AGAIN, "full", "expert", "full-permuted", ROUTER, f"{ROUTER_RANDOM}-*"),
     "paper": (
         STANDARD, AGAIN, "random", "layer", "expert", "full", "full-permuted", "random-bias",
         "static-*", "dola", "iti", "full-dola",
@@ -223,13 +283,15 @@ GROUPS = {
 def select(rows: Sequence[Condition], wanted: Sequence[str]) -> list[Condition]:
     """The rows named by name, by a pattern with `*`, by group, or `all`; standard is always in.
 
+    Of a group, those that the given files define.
+
     Raises:
         EvaluationError: a name that is none of these.
     """
-    names = list(itertools.chain.from_iterable(GROUPS.get(name, (name,)) for name in wanted))
     chosen = {STANDARD}
-    for name in names:
-        found = {row.name for row in rows if name == "all" or fnmatchcase(row.name, name)}
+    for name in wanted:
+        patterns = ("*",) if name == "all" else GROUPS.get(name, (name,))
+        found = {row.name for row in rows if any(fnmatchcase(row.name, pattern) for pattern in patterns)}
         if not found:
             known = ", ".join(["all", *GROUPS, *(row.name for row in rows)])
             raise EvaluationError(f"--conditions {name}: unknown; known are {known}")

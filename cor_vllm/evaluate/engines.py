@@ -1,6 +1,7 @@
 """The rows that vLLM measures in this machine: one engine per condition, in a process of its own."""
 
 import contextlib
+import dataclasses
 import multiprocessing
 import signal
 import sys
@@ -19,8 +20,10 @@ from cor_vllm.evaluate.claims import Claim, check
 from cor_vllm.evaluate.completion import complete, new_run, ready
 from cor_vllm.evaluate.conditions import Condition, Sources
 from cor_vllm.evaluate.harness import engine_model, quiet
-from cor_vllm.evaluate.options import EvaluateOptions, read_sources, scores_path
+from cor_vllm.evaluate.options import EvaluateOptions, read_overlay, read_sources, scores_path
+from cor_vllm.evaluate.overlays import router_of, router_path
 from cor_vllm.live.state import combine
+from cor_vllm.overlay import RouterOverlay
 from cor_vllm.serve.config import RoutingOptions, disabled, plan
 
 
@@ -30,7 +33,7 @@ def check_enabled(conditions: list[Condition]) -> None:
     Raises:
         EvaluationError: COR_DISABLE is set.
     """
-    names = [condition.name for condition in conditions if condition.options is not None]
+    names = [each.name for each in conditions if each.options is not None or each.router is not None]
     if names and disabled():
         raise EvaluationError(
             f"COR_DISABLE is set, under which {', '.join(names)} would be stock routing: unset it"
@@ -102,7 +105,7 @@ def _measure(options: EvaluateOptions, condition: Condition) -> None:
     console = Console(stderr=True)
     benchmarks = {benchmark: load_task(benchmark, options.data) for benchmark in chosen(options.tasks)}
     run = new_run(options, condition, "vllm", {"engine": options.engine, "dtype": options.dtype})
-    run.activations = _activations(condition, sources)
+    run.activations = _activations(condition, sources, read_overlay(options))
     arguments = {"dtype": options.dtype, "seed": options.seed, **options.engine}
     if options.max_model_len is not None:
         arguments["max_model_len"] = options.max_model_len
@@ -137,20 +140,31 @@ def check_routing(lm: Any, name: str, claim: Claim) -> None:
 def _served(
     options: EvaluateOptions, sources: Sources, condition: Condition
 ) -> tuple[dict[str, Any] | None, Claim]:
-    """`additional_config["cor"]`, with the condition's own scores file if it changes the scores."""
-    if condition.options is None:
-        return None, Claim(None)
-    path, scores = scores_path(options, condition), sources[condition.source]
-    if condition.change is not None:
-        path, scores = options.output / f"{condition.name}.safetensors", condition.change(scores)
-        scores_file.save(path, scores)
-    sha256 = scores_file.digest(scores_file.read_bytes(path))
-    return {"scores": str(path), **condition.options}, Claim(condition.options, scores, sha256)
+    """`additional_config["cor"]`, with the condition's own files, and what the engine then has to say."""
+    served: dict[str, Any] = {}
+    claim = Claim(condition.options)
+    if condition.options is not None:
+        path, scores = scores_path(options, condition), sources[condition.source]
+        if condition.change is not None:
+            path, scores = options.output / f"{condition.name}.safetensors", condition.change(scores)
+            scores_file.save(path, scores)
+        sha256 = scores_file.digest(scores_file.read_bytes(path))
+        served = {"scores": str(path), **condition.options}
+        claim = Claim(condition.options, scores, sha256)
+    overlay = router_of(options, condition)
+    if overlay is not None:
+        served["router"] = str(router_path(options, condition, overlay))
+        claim = dataclasses.replace(claim, router=overlay.fingerprint)
+    return served or None, claim
 
 
-def _activations(condition: Condition, sources: Sources) -> float:
-    scores = sources[condition.source]
-    if condition.options is None:
+def _activations(condition: Condition, sources: Sources, overlay: RouterOverlay | None) -> float | None:
+    """Routed experts per token, over all layers; None if no file says how many layers have experts."""
+    scores = sources.get(condition.source)
+    if condition.options is not None and scores is not None:
+        config = RoutingOptions.of(condition.options).resolved(scores.config.serving)
+        return float(sum(layer.top_k for layer in plan(config, scores).values()))
+    if scores is not None:
         return float(scores.config.model.top_k * scores.num_layers)
-    config = RoutingOptions.of(condition.options).resolved(scores.config.serving)
-    return float(sum(layer.top_k for layer in plan(config, scores).values()))
+    model = None if overlay is None else overlay.config.model
+    return None if model is None or model.routers is None else float(model.top_k * len(model.routers))

@@ -42,18 +42,20 @@ class Interventions:
     ) -> AbstractContextManager[RoutedCondition]:
         """Put a condition on the model, and on the harness's view of it, for as long as the context lasts.
 
+        Its router is the model's own or not: routing.replaced_router.
+
         Args:
             condition: which.
             sources: where its scores are.
             lm: harness.transformers_model over the same model.
         """
-        scores = sources[condition.source]
-        if condition.change is not None:
+        scores = sources.get(condition.source)
+        if condition.change is not None and scores is not None:
             scores = condition.change(scores)
         return condition.act(self, lm, scores, condition.options)
 
     def routed(
-        self, scores: Scores, options: dict[str, Any] | None, thresholds: Sequence[float] | None = None
+        self, scores: Scores | None, options: dict[str, Any] | None, thresholds: Sequence[float] | None = None
     ) -> RoutedCondition:
         """The rules of a condition; the arguments are those of routing.routed."""
         return routed(self.model, scores, options, thresholds)

@@ -1,6 +1,8 @@
 """`cor-vllm evaluate`: every condition on every benchmark, one result file each, then the table."""
 
+import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -8,10 +10,11 @@ from rich.console import Console
 from cor_vllm.evaluate import runs
 from cor_vllm.evaluate.benchmarks import EvaluationError, chosen, load_task
 from cor_vllm.evaluate.completion import Tasks, complete, new_run, ready
-from cor_vllm.evaluate.conditions import Condition, Sources, select
+from cor_vllm.evaluate.conditions import Condition, Rerouted, Sources, select
 from cor_vllm.evaluate.engines import check_enabled, in_own_process
 from cor_vllm.evaluate.harness import quiet, server_model
-from cor_vllm.evaluate.options import EvaluateOptions, available, read_sources
+from cor_vllm.evaluate.options import EvaluateOptions, available, read_overlay, read_sources
+from cor_vllm.evaluate.overlays import check_router, router_of
 from cor_vllm.evaluate.prompts import resolve_limit
 from cor_vllm.evaluate.runs import Run
 from cor_vllm.evaluate.servers import (
@@ -53,9 +56,10 @@ def evaluate(
 def _in_process(options: EvaluateOptions, console: Console, rows: Sequence[Condition] | None) -> list[Run]:
     sources = read_sources(options)
     wanted = list(rows) if rows else _wanted(options, console)
+    check_router(options)
     if options.backend == "vllm":
         check_enabled(wanted)
-    for line in _doubts(wanted, sources):
+    for line in [*_doubts(wanted, sources), *_harm(options, wanted)]:
         console.print(f"warning: {line}", highlight=False)
     benchmarks = _benchmarks(options)
     if options.backend == "transformers":
@@ -79,6 +83,13 @@ def _doubts(wanted: Sequence[Condition], sources: Sources) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
+def _harm(options: EvaluateOptions, wanted: Sequence[Condition]) -> list[str]:
+    """What the router file's own check says against it, if a row has its router."""
+    overlay = read_overlay(options) if Rerouted() in {row.router for row in wanted} else None
+    harm = None if overlay is None else overlay.config.harm()
+    return [f"--cor-router {options.router}: {harm}"] if harm else []
+
+
 def _benchmarks(options: EvaluateOptions) -> Tasks:
     return {benchmark: load_task(benchmark, options.data) for benchmark in chosen(options.tasks)}
 
@@ -100,10 +111,12 @@ def _served(options: EvaluateOptions, console: Console) -> list[Run]:
     check_addresses(options.servers)
     found = [look(name, url, options.model, options.served_name) for name, url in options.servers.items()]
     limits = [resolve_limit(each.max_model_len, options.max_model_len, each.where) for each in found]
-    sources = read_sources(options) if options.scores is not None else {}
-    rows = {row.name: row for row in available(options)} if options.scores is not None else {}
+    given = options.scores is not None or options.router is not None
+    sources = read_sources(options) if given else {}
+    rows = {row.name: row for row in available(options)} if given else {}
     files = {"": options.scores, **options.also} if options.scores is not None else {}
-    conditions = [claimed(each, rows, sources, files, options.output) for each in found]
+    router = functools.partial(router_of, options)
+    conditions = [claimed(each, rows, sources, files, options.output, router) for each in found]
     for server, condition in zip(found, conditions, strict=True):
         console.print(f"{server.name}: {condition.description}", highlight=False, markup=False)
     benchmarks = _benchmarks(options)
@@ -146,6 +159,7 @@ def _in_transformers(
     from cor_vllm.calibrate.model.loading import load_model, load_tokenizer, model_folder
     from cor_vllm.evaluate.harness import transformers_model
     from cor_vllm.evaluate.interventions import Interventions
+    from cor_vllm.evaluate.routing import replaced_router
 
     folder, _ = model_folder(options.model)
     tokenizer = load_tokenizer(str(folder))
@@ -160,7 +174,11 @@ def _in_transformers(
         )
         settings = {"dtype": str(model.model.dtype), "max_model_len": lm.limit}
         run = new_run(options, condition, "transformers", settings)
-        with interventions.applied(condition, sources, lm) as applied:
+        overlay = router_of(options, condition)
+        with (
+            replaced_router(model, overlay) if overlay is not None else nullcontext(),
+            interventions.applied(condition, sources, lm) as applied,
+        ):
             run.activations = applied.activations
             run = complete(options, benchmarks, run, lambda: (lm, notes), console)
             if applied.slots.total:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from cor_vllm.evaluate import comparisons, paper, verdict
 from cor_vllm.evaluate.benchmarks import EvaluationError
 from cor_vllm.evaluate.comparisons import NOISE, QUANTITIES, SIGNIFICANT, Cell, Control, Ranks
-from cor_vllm.evaluate.conditions import AGAIN, STANDARD
+from cor_vllm.evaluate.conditions import AGAIN, ROUTER, STANDARD
 from cor_vllm.evaluate.runs import Column, Run
 from cor_vllm.evaluate.statistics import mean
 
@@ -22,6 +22,12 @@ PERMUTED = (
     "the same items: what is left is due to which experts CEI names. p corrected within each quantity; "
     "it is about the items, with these permutations. Whether CEI beats *any* permutation is for `above n "
     "of m` to say (`--permutations`)."
+)
+RANDOM_ROUTERS = (
+    "`router` less a random change of the same router, as large as the trained one (the mean of the draws), "
+    "on the same items: what is left is due to the direction that the training found. p corrected together "
+    "with the table of permuted CEI, if there is one. Whether the trained router beats *any* random one is "
+    "for `above n of m` to say (`--router-draws`)."
 )
 DRAWS = (
     "Calibrations and permutations as the sample: does every draw of a calibration score higher than every "
@@ -94,7 +100,7 @@ def render(
         HOW.format(reference=reference) if reference in known else nothing,
         *(f"**Warning:** {line}." for line in warnings(runs, cannot_tell)),
         *_tables(rows, lambda run, name, quantity: _value(run, name, quantity, compared, cannot_tell)),
-        *_permuted(runs),
+        *_controls(runs),
         *_ranks(runs, draws, controls),
         *_legend(runs),
     ]
@@ -170,18 +176,19 @@ def _value(
     return text if reported is None else f"{text}; paper {reported:.2f}"
 
 
-def _permuted(rows: Sequence[Run]) -> list[str]:
-    """Each condition less its own permutations; nothing if there are none."""
+def _controls(rows: Sequence[Run]) -> list[str]:
+    """Each condition less its own controls; nothing if there are none."""
     found = {quantity: comparisons.against_permuted(rows, quantity) for quantity in QUANTITIES}
     controlled = {key for each in found.values() for key in each}
-    shown = []
+    permuted: list[Run] = []
+    router: list[Run] = []
     for run in rows:
         kept = {
             name: column for name, column in run.benchmarks.items() if (run.condition, name) in controlled
         }
-        shown += [run.model_copy(update={"benchmarks": kept})] if kept else []
-    if not shown:
-        return []
+        if kept:
+            of_kind = router if run.condition == ROUTER else permuted
+            of_kind.append(run.model_copy(update={"benchmarks": kept}))
 
     def cell(run: Run, name: str, quantity: str) -> str:
         control: Control | None = found[quantity].get((run.condition, name))
@@ -190,7 +197,10 @@ def _permuted(rows: Sequence[Run]) -> list[str]:
         difference = _difference(control.cell, QUANTITIES[quantity][1])
         return f"{difference}; above {control.above} of {control.permutations}"
 
-    return ["## Against permuted CEI", PERMUTED, *_tables(shown, cell, "###")]
+    return [
+        *(["## Against permuted CEI", PERMUTED, *_tables(permuted, cell, "###")] if permuted else []),
+        *(["## Against random routers", RANDOM_ROUTERS, *_tables(router, cell, "###")] if router else []),
+    ]
 
 
 def _ranks(runs: Sequence[Run], draws: Sequence[str] | None, controls: str | None) -> list[str]:

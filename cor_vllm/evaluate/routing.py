@@ -1,6 +1,7 @@
 """A condition's routing on the transformers side: the server's own plan as rules for MoeModel."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.model.router import Router, Rule, rule_of
 from cor_vllm.kernels import reference
 from cor_vllm.modes import LayerRouting
+from cor_vllm.overlay import RouterOverlay
 from cor_vllm.scores import Scores
 from cor_vllm.serve.config import RoutingOptions, plan
 
@@ -48,7 +50,7 @@ class RoutedCondition:
 
 def routed(
     model: MoeModel,
-    scores: Scores,
+    scores: Scores | None,
     options: dict[str, Any] | None,
     thresholds: Sequence[float] | None = None,
 ) -> RoutedCondition:
@@ -56,7 +58,7 @@ def routed(
 
     Args:
         model: the model; its MoE layers must be those of the scores.
-        scores: the condition's scores.
+        scores: the condition's scores; None: only without options.
         options: `additional_config["cor"]` less `scores`; None: the model's own routing.
         thresholds: per layer, the router's entropy (nats) up to which the bias is left out; None: never.
 
@@ -65,6 +67,7 @@ def routed(
     """
     if options is None:
         return RoutedCondition({}, sum(router.top_k for router in model.routers))
+    assert scores is not None, "options come with scores"
     layers = list(plan(RoutingOptions.of(options), scores).values())
     if len(layers) != model.num_layers:
         raise ValueError(f"scores of {len(layers)} MoE layers for a model of {model.num_layers}")
@@ -74,6 +77,21 @@ def routed(
         for i, (router, layer) in enumerate(zip(model.routers, layers, strict=True))
     }
     return RoutedCondition(rules, sum(layer.top_k for layer in layers), slots)
+
+
+@contextmanager
+def replaced_router(model: MoeModel, overlay: RouterOverlay) -> Iterator[None]:
+    """The router of an overlay in place of the model's own, which comes back bit for bit.
+
+    Raises:
+        CalibrationError: the layer's weights wait in host memory or on disk.
+    """
+    own, _ = model.router_weight(model.layer_index.index(overlay.layer))
+    model.replace_router(overlay.layer, overlay.weight)
+    try:
+        yield
+    finally:
+        model.replace_router(overlay.layer, own)
 
 
 def _gated(router: Router, layer: LayerRouting, threshold: float | None) -> Rule:

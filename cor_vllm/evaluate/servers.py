@@ -5,7 +5,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from http.client import HTTPException
@@ -15,18 +15,21 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from cor_vllm import overlay as overlay_file
 from cor_vllm import scores as scores_file
 from cor_vllm.evaluate.benchmarks import EvaluationError
 from cor_vllm.evaluate.claims import Claim, check, described, state_of
 from cor_vllm.evaluate.conditions import (
     AGAIN,
     DEFINED_BY_A_FILE,
+    ROUTER,
     STANDARD,
     Condition,
     modes,
     on_transformers,
 )
 from cor_vllm.live.state import State
+from cor_vllm.overlay import RouterOverlay
 from cor_vllm.scores import Scores
 
 NAME = re.compile(r"[\w+@-][\w.+@-]*")  # also the name of a file
@@ -216,50 +219,83 @@ def claimed(
     sources: Mapping[str, Scores],
     files: Mapping[str, Path],
     folder: Path,
+    router: Callable[[Condition], RouterOverlay | None],
 ) -> Condition:
     """The row of a server, after what it says was held against its name.
 
     Args:
         server: which.
-        rows: the conditions that the scores files have, by name; empty: no file was given.
+        rows: the conditions that the files have, by name; empty: no file was given.
         sources: the scores by the name of their file.
         files: the paths of these files.
-        folder: where a condition's own scores file is written, if the server should have that one.
+        folder: where a condition's own file is written, if the server should have that one.
+        router: what takes the place of the model's own router in a condition.
 
     Raises:
         EvaluationError: it is not what it is called.
     """
     name, state = server.name, server.state
-    known = rows or {row.name: row for row in (*modes({}), *on_transformers({}))}
+    known = {row.name: row for row in (*modes({}), *on_transformers({}))} | dict(rows)
     if name in known and known[name].transformers_only:
         raise EvaluationError(f"--server {name}: only transformers can do that row: --backend transformers")
     if name not in known:
-        if any(fnmatchcase(name, pattern) for pattern in DEFINED_BY_A_FILE):
-            remedy = (
-                "no such row: see --list-conditions" if rows else "give --cor-scores FILE, which defines it"
-            )
-            raise EvaluationError(f"--server {name}: a name of a row that a scores file defines; {remedy}")
+        _check_own_name(name, {"--cor-scores": bool(sources), "--cor-router": ROUTER in rows})
         return Condition(name, f"server {name}: {described(state)}")
     condition = known[name]
-    scores = sources.get(condition.source)
     claim = Claim(condition.options)
-    if condition.options is not None and scores is not None:
-        data = files[condition.source].read_bytes()
-        if condition.change is not None:
-            scores = condition.change(scores)
-            data = _written(scores, folder)
-        claim = Claim(condition.options, scores, scores_file.digest(data))
-        if condition.change is not None and state and state.scores_sha256 != claim.sha256:
-            kept = folder / f"{name}.safetensors"
-            scores_file.save(kept, scores)
-            raise EvaluationError(
-                f"{server.where} is not what the row {name!r} is called: it has another scores file than "
-                f"that row's, which is now in {kept}: start it with --cor-scores {kept}"
-            )
+    if condition.options is not None and condition.source in sources:
+        claim = _claim_of_scores(server, condition, sources[condition.source], files, folder)
+    overlay = router(condition)
+    if overlay is not None:
+        _check_random_router(server, condition, overlay, folder)
+        claim = dataclasses.replace(claim, router=overlay.fingerprint)
     check(server.where, name, claim, state)
     description = f"{condition.description}; {described(state)}"
     # What decides its numbers is what the server says, not the options.
-    return dataclasses.replace(condition, description=description, options=None)
+    return dataclasses.replace(condition, description=description, options=None, router=None)
+
+
+def _check_own_name(name: str, given: Mapping[str, bool]) -> None:
+    """A name that the table does not know must not look like one that a file defines."""
+    flag = next((flag for look, flag in DEFINED_BY_A_FILE.items() if fnmatchcase(name, look)), None)
+    if flag is not None:
+        noun = "scores" if flag == "--cor-scores" else "router"
+        missing = f"give {flag} FILE, which defines it"
+        remedy = "no such row: see --list-conditions" if given[flag] else missing
+        raise EvaluationError(f"--server {name}: a name of a row that a {noun} file defines; {remedy}")
+
+
+def _claim_of_scores(
+    server: Server, condition: Condition, scores: Scores, files: Mapping[str, Path], folder: Path
+) -> Claim:
+    """What a row of a scores file claims; a server that should have changed scores is told which file."""
+    state, data = server.state, files[condition.source].read_bytes()
+    if condition.change is None:
+        return Claim(condition.options, scores, scores_file.digest(data))
+    scores = condition.change(scores)
+    sha256 = scores_file.digest(_written(scores, folder))
+    if state and state.scores_sha256 != sha256:
+        kept = folder / f"{condition.name}.safetensors"
+        scores_file.save(kept, scores)
+        raise EvaluationError(
+            f"{server.where} is not what the row {condition.name!r} is called: it has another scores file "
+            f"than that row's, which is now in {kept}: start it with --cor-scores {kept}"
+        )
+    return Claim(condition.options, scores, sha256)
+
+
+def _check_random_router(server: Server, condition: Condition, overlay: RouterOverlay, folder: Path) -> None:
+    """A server that should have a random router is told which file."""
+    state = server.state
+    theirs = state.router.fingerprint if state and state.router else None
+    if condition.router is None or condition.router.seed is None or theirs == overlay.fingerprint:
+        return
+    kept = folder / f"{condition.name}.safetensors"
+    overlay_file.save(kept, overlay)
+    raise EvaluationError(
+        f"{server.where} is not what the row {condition.name!r} is called: it does not have that row's "
+        f"router, which is now in {kept}: start it with --cor-router {kept}"
+    )
 
 
 def _written(scores: Scores, folder: Path) -> bytes:
