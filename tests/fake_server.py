@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from cor_vllm.live.state import Layer, State, Worker
+from cor_vllm.live.state import Layer, Router, State, Worker
+from cor_vllm.overlay import RouterOverlay
 from cor_vllm.scores import Scores
 from cor_vllm.serve.config import CorConfig, plan
 
@@ -87,35 +88,67 @@ def running(fake: Fake) -> Iterator[Fake]:
             thread.join()
 
 
-def state(scores: Scores, sha256: str, **options: Any) -> dict[str, Any]:
-    """What GET /v1/cor answers of a server with these scores and options of additional_config["cor"]."""
+def state(
+    scores: Scores | None, sha256: str | None, overlay: RouterOverlay | None = None, on: bool = True,
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """What GET /v1/cor answers of a server.
+
+    Args:
+        scores: its scores; None: it has none.
+        sha256: of their file.
+        overlay: the router of its router file; None: it has none.
+        on: whether that is in force.
+        options: of additional_config["cor"].
+    """
+    found = State(
+        **_of_scores(scores, sha256, options),
+        version="0.1.0",
+        router=None if overlay is None else _router(overlay, on),
+        warnings=[],
+        workers=[Worker(engine=0, rank=0, hooked_layers=0)],
+    )
+    answer: dict[str, Any] = json.loads(found.model_dump_json(by_alias=True))
+    return answer
+
+
+def _router(overlay: RouterOverlay, on: bool) -> Router:
+    return Router(
+        sha256="0" * 64, fingerprint=overlay.fingerprint, layer=overlay.layer, on=on,
+        drift=overlay.config.drift, objective=overlay.config.training.objective, warnings=[],
+    )  # fmt: skip
+
+
+def _of_scores(scores: Scores | None, sha256: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a State that depend on a scores file."""
+    if scores is None:
+        nothing = ("scores_sha256", "mode", "lambda_", "swap_rate", "static_k", "weights", "seed",
+                   "model_top_k", "budget", "model_budget")  # fmt: skip
+        return dict.fromkeys(nothing) | {
+            "fingerprint": "0" * 64, "layers": [], "admin": False, "observe": False
+        }  # fmt: skip
     config = CorConfig.of({"scores": "-", **options}).resolved(scores.config.serving)
     layers = plan(config, scores)
     has_lambda = config.mode in ("full", "expert")
-    found = State(
-        version="0.1.0",
-        scores_sha256=sha256,
-        fingerprint=scores.config.model.fingerprint,
-        mode=config.mode or "static_k",
-        lambda_=config.lambda_ if has_lambda else None,
-        swap_rate=config.swap_rate if has_lambda else None,
-        static_k=config.static_k,
-        weights=config.weights,
-        seed=config.seed,
-        admin=config.admin,
-        observe=config.observe,
-        model_top_k=scores.config.model.top_k,
-        budget=sum(layer.top_k for layer in layers.values()),
-        model_budget=len(layers) * scores.config.model.top_k,
-                warnings=[],
-        layers=[
+    return {
+        "scores_sha256": sha256,
+        "fingerprint": scores.config.model.fingerprint,
+        "mode": config.mode or "static_k",
+        "lambda_": config.lambda_ if has_lambda else None,
+        "swap_rate": config.swap_rate if has_lambda else None,
+        "static_k": config.static_k,
+        "weights": config.weights,
+        "seed": config.seed,
+        "admin": config.admin,
+        "observe": config.observe,
+        "model_top_k": scores.config.model.top_k,
+        "budget": sum(layer.top_k for layer in layers.values()),
+        "model_budget": len(layers) * scores.config.model.top_k,
+        "layers": [
             Layer(
                 layer=index, name=f"layers.{index}", router="CorRouter", kernel="K", k=layer.top_k,
                 lambda_=layer.lambda_, biased=layer.biased,
             )
             for index, layer in layers.items()
         ],
-        workers=[Worker(engine=0, rank=0, hooked_layers=len(layers))],
-    )  # fmt: skip
-    answer: dict[str, Any] = json.loads(found.model_dump_json(by_alias=True))
-    return answer
+    }  # fmt: skip

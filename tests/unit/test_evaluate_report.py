@@ -109,6 +109,24 @@ def test_a_row_stands_against_its_own_permutations(folder, capsys):
     assert "`expert@answers1`" not in text
 
 
+def test_random_routers_are_controls_of_the_router_alone(folder, capsys):
+    before = shown(capsys, folder)
+    runs.save(folder, run("router", 1.0))
+    for seed in range(3):
+        role = {"control_of": "router", "draw_of": "router-random"}
+        runs.save(folder, run(f"router-random-{seed}", 0.5 * seed, **role))
+    text = shown(capsys, folder)
+    permuted, router = text.split("## Against permuted CEI")[1].split("## Against random routers")
+    assert "`router" not in permuted and "| `expert@answers0` |" in permuted
+    (line,) = (line for line in router.splitlines() if line.startswith("| `router` |"))
+    assert line.count("+0.50 [+0.50, +0.50]") == 2 and line.count("above 2 of 3") == 2
+    assert "| `router-random, mean of 3` | 50.00 (" in text
+    assert before.split("## Draws against")[1] == text.split("## Draws against")[1]
+    for path in folder.glob("expert*"):
+        path.unlink()
+    assert "permuted CEI" not in shown(capsys, folder).replace("table of permuted CEI", "")
+
+
 def test_a_run_of_an_earlier_version_has_no_control(folder, capsys):
     for path in folder.glob("*.json"):
         lines = path.read_text().splitlines()

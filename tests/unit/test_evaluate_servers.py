@@ -1,16 +1,19 @@
 """Servers as rows of an evaluation: a row is what its name says, or it is not measured."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cor_vllm import cli
+from cor_vllm import cli, overlay
 from cor_vllm import scores as scores_file
 from cor_vllm.evaluate import runs
 from cor_vllm.evaluate.conditions import Permuted
+from cor_vllm.overlay import RouterOverlay
 from cor_vllm.scores import Scores
+from cor_vllm.testing import make_overlay
 from cor_vllm.testing.make_scores import make
 from tests import fake_server
 from tests.fake_server import Fake
@@ -29,6 +32,18 @@ def demo() -> Scores:
 def file(demo: Scores, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("scores") / "scores.safetensors"
     scores_file.save(path, demo)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained() -> RouterOverlay:
+    return make_overlay.make(MODEL)
+
+
+@pytest.fixture(scope="module")
+def router(trained: RouterOverlay, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("router") / "router.safetensors"
+    overlay.save(path, trained)
     return path
 
 
@@ -240,3 +255,85 @@ def test_addresses_and_names(
 def test_the_same_server_may_be_measured_twice_for_its_noise(server: Fake, tmp_path: Path) -> None:
     rows = [f"--server=standard={server.url}", f"--server=standard-again={server.url}"]
     assert evaluate(tmp_path, *rows) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "said"),
+    [
+        ("router", None, "the row stands for another router, which the server has not"),
+        ("router", "off", "the router is the model's own, not"),
+        ("router", "other", "the router is "),
+        ("router", "scores", "the row stands for a router alone, and the server has scores"),
+        ("standard", "on", "the row stands for a server without the plugin's routing"),
+        ("full", "on", "the router is"),
+        ("full", "scores", "not the model's own"),
+        ("router-random-1", "on", "it does not have that row's router"),
+        ("router-random-99", "on", "see --list-conditions"),
+        ("static-5", "on", "give --cor-scores FILE, which defines it"),
+    ],
+)
+def test_a_server_with_another_router_than_its_rows(
+    name: str, what: str | None, said: str, demo: Scores, trained: RouterOverlay, router: Path,
+    server: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if what is not None:
+        theirs = make_overlay.make(MODEL, seed=1) if what == "other" else trained
+        scores = demo if what == "scores" else None
+        server.cor = fake_server.state(scores, "0" * 64, theirs, on=what != "off")
+    assert evaluate(tmp_path, "--cor-router", str(router), "--server", f"{name}={server.url}") == 1
+    assert said in refused(capsys)
+    assert not list(tmp_path.glob("*.json")) and not server.prompts, "nothing was measured"
+
+
+def test_a_server_of_the_rows_own_router_is_that_row(
+    trained: RouterOverlay, router: Path, server: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message names the file of the random router that the row stands for."""
+    server.cor = fake_server.state(None, None, trained)
+    flags = ["--cor-router", str(router), "--server"]
+    assert evaluate(tmp_path, *flags, f"router={server.url}") == 0
+    run = runs.load(runs.path_of(tmp_path, "router"))
+    assert run.description == (
+        f"the router of --cor-router; router {trained.fingerprint[:12]} in layer {trained.layer}"
+    )
+    assert run.settings["cor"] == server.cor and "router" not in run.settings
+    capsys.readouterr()
+    assert evaluate(tmp_path, *flags, f"router-random-1={server.url}") == 1
+    file = tmp_path / "router-random-1.safetensors"
+    assert f"start it with --cor-router {file}" in refused(capsys)
+    server.cor = fake_server.state(None, None, overlay.load(file))
+    assert evaluate(tmp_path, *flags, f"router-random-1={server.url}") == 0
+    assert runs.load(runs.path_of(tmp_path, "router-random-1")).control_of == "router"
+
+
+def test_rows_of_scores_and_the_router_that_they_were_measured_with(
+    demo: Scores, file: Path, trained: RouterOverlay, router: Path, server: Fake, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    model = demo.config.model.model_copy(update={"router_overlay": trained.fingerprint})
+    under = dataclasses.replace(demo, config=demo.config.model_copy(update={"model": model}))
+    scores_file.save(tmp_path / "under.safetensors", under)
+    flags = ["--cor-router", str(router), "--server", f"full={server.url}", "--cor-scores"]
+    sha256 = digest(tmp_path / "under.safetensors")
+    server.cor = fake_server.state(under, sha256)
+    assert evaluate(tmp_path / "o", *flags, str(tmp_path / "under.safetensors")) == 1
+    assert f"the router is the model's own, not {trained.fingerprint[:12]}" in refused(capsys)
+    server.cor = fake_server.state(under, sha256, trained)
+    assert evaluate(tmp_path / "o", *flags, str(tmp_path / "under.safetensors")) == 0
+    capsys.readouterr()
+    server.cor = fake_server.state(demo, digest(file), trained)
+    assert evaluate(tmp_path / "p", *flags, str(file)) == 1
+    assert f"the router is {trained.fingerprint[:12]}, not the model's own" in refused(capsys)
+    server.cor = fake_server.state(demo, digest(file), trained, on=False)
+    assert evaluate(tmp_path / "p", *flags, str(file)) == 0
+    assert "in layer 5, off" in capsys.readouterr().out
+
+
+def test_a_router_without_its_file_is_described(
+    trained: RouterOverlay, server: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.cor = fake_server.state(None, None, trained)
+    assert evaluate(tmp_path, "--server", f"router={server.url}") == 1
+    assert "a name of a row that a router file defines; give --cor-router FILE" in refused(capsys)
+    assert evaluate(tmp_path, "--server", f"mine={server.url}") == 0
+    assert f"server mine: router {trained.fingerprint[:12]} in layer 5 |" in capsys.readouterr().out
