@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cor_vllm.evaluate.conditions import STANDARD
+from cor_vllm.evaluate.conditions import ROUTER, STANDARD
 from cor_vllm.evaluate.runs import Column, Run
 from cor_vllm.evaluate.statistics import interval, mean
 
@@ -16,7 +16,8 @@ def pareto(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Draw each benchmark's score against experts per token and against measured tokens per second.
 
     Bars: 95 % intervals of the difference to stock routing, item by item. Rows of equal cost stand side by
-    side; those without activations (servers) are left out of the first axis. Permuted CEI: dashes.
+    side; those without activations (servers) are left out of the first axis. Permuted CEI and random
+    routers: dashes.
 
     Args:
         runs: the table's rows.
@@ -70,8 +71,9 @@ def _draw(axis: Any, runs: Sequence[Run], name: str, cost: str) -> None:
                     run.condition, (x, score), xytext=(4, -10), textcoords="offset points", fontsize=7
                 )
         elif run.control_of is not None:
-            label = None if "permuted CEI" in axis.get_legend_handles_labels()[1] else "permuted CEI"
-            axis.plot([] if x is None else [x], [] if x is None else [score], "_", color="0.7", label=label)
+            kind, colour = ("random router", "0.4") if run.control_of == ROUTER else ("permuted CEI", "0.7")
+            label = None if kind in axis.get_legend_handles_labels()[1] else kind
+            axis.plot([] if x is None else [x], [] if x is None else [score], "_", color=colour, label=label)
         else:
             marker, colour = next(styles)
             style = {"fmt": marker, "color": colour, "capsize": 2, "linewidth": 0.8, "markersize": 5}
