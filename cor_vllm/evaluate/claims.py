@@ -100,15 +100,17 @@ def differences(claim: Claim, state: State | None) -> list[str]:
     found = _router(claim, state)
     if claim.options is None:
         alone = state.scores_sha256 is None
-        return found or ([] if alone else ["the row stands for a router alone, and the server has scores"])
-    return found or _routing(claim, claim.options, state)
+        return found + ([] if alone else ["the row stands for a router alone, and the server has scores"])
+    return found + _routing(claim, claim.options, state)
 
 
 def _router(claim: Claim, state: State) -> list[str]:
     """What is in force in place of the model's own router otherwise than the row claims."""
     theirs = state.router.fingerprint if state.router is not None and state.router.on else None
-    ours, theirs = (name[:12] if name else "the model's own" for name in (claim.router, theirs))
-    return [] if ours == theirs else [f"the router is {theirs}, not {ours}"]
+    if claim.router == theirs:
+        return []
+    ours, other = (name[:12] if name else "the model's own" for name in (claim.router, theirs))
+    return [f"the router is {other}, not {ours}"]
 
 
 def _routing(claim: Claim, options: dict[str, Any], state: State) -> list[str]:

@@ -1,5 +1,6 @@
 """`cor-vllm evaluate` and `tune` on the demo model: three ways to the same numbers, the table, going on."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from cor_vllm import scores
+from cor_vllm import overlay, scores
 from cor_vllm.calibrate.model.loading import load_model, model_folder
 from cor_vllm.cli import main
 from cor_vllm.commands import lifetime
@@ -22,6 +23,7 @@ from cor_vllm.evaluate.harness import measure, transformers_model
 from cor_vllm.evaluate.interventions import Interventions
 from cor_vllm.evaluate.iti import fit, iti
 from cor_vllm.evaluate.runs import Run
+from cor_vllm.testing import make_overlay
 from cor_vllm.testing.make_scores import make
 from cor_vllm.testing.server import serve
 from tests.e2e.test_vllm_commands import of_processes
@@ -38,6 +40,16 @@ def file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("scores") / "scores.safetensors"
     scores.save(path, make(MODEL, k=[2, 3, 4, 4, 5, 6]))
     return path
+
+
+def routed(folder: Path) -> list[str]:
+    """--cor-router of a new file; `under.safetensors` next to it has scores measured with that router."""
+    trained, own = make_overlay.make(MODEL), make(MODEL, k=[2, 3, 4, 4, 5, 6])
+    overlay.save(folder / "router.safetensors", trained)
+    model = own.config.model.model_copy(update={"router_overlay": trained.fingerprint})
+    config = own.config.model_copy(update={"model": model})
+    scores.save(folder / "under.safetensors", dataclasses.replace(own, config=config))
+    return ["--cor-router", str(folder / "router.safetensors")]
 
 
 def evaluate(file: Path, output: Path, *flags: str, tasks: str = TASK) -> int:
@@ -110,14 +122,19 @@ def test_a_benchmark_leaves_no_cache_in_the_model(tmp_path):
 
 
 def test_an_engine_and_a_server_give_the_same_likelihoods(file, tmp_path, capfd):
-    """Of prompts so long that some are cut, which the three back ends of the harness do differently."""
+    """Of prompts so long that some are cut, which the three back ends of the harness do differently.
+
+    The engine also has another router, with which its scores were measured.
+    """
     engine = ["--max-model-len", "18", "--enforce-eager", "--dtype", "float32"]
     length = engine[:2]
     capfd.readouterr()
-    assert evaluate(file, tmp_path / "engine", "--conditions", "full", *engine) == 0
+    router, under = routed(tmp_path), tmp_path / "under.safetensors"
+    assert evaluate(under, tmp_path / "engine", "--conditions", "full", *router, *engine) == 0
     assert capfd.readouterr().out.strip() == (tmp_path / "engine" / "table.md").read_text().strip()
     here = [*length, "--backend", "transformers", "--conditions", "full"]
     assert evaluate(file, tmp_path / "transformers", *here) == 0
+    assert evaluate(under, tmp_path / "routed", *here, *router) == 0
     flags = [*engine, "--cor-scores", str(file)]
     with serve(MODEL, *flags, log=tmp_path / "log", env=of_processes()) as url:
         assert evaluate(file, tmp_path / "server", "--server", f"full={url}") == 0
@@ -131,8 +148,14 @@ def test_an_engine_and_a_server_give_the_same_likelihoods(file, tmp_path, capfd)
         again = [f"--server=again={url}", "--served-name", "other"]
         assert evaluate(file, tmp_path / "wrong", *again) == 1
         assert "has no model 'other'" in capfd.readouterr().err
-    for folder, condition in (("engine", "standard"), ("engine", "full"), ("server", "full")):
-        mine, theirs = read(tmp_path / folder, condition), read(tmp_path / "transformers", condition)
+    plain, with_router = (gold(read(tmp_path / folder, "full")) for folder in ("transformers", "routed"))
+    assert plain != pytest.approx(with_router, abs=2e-2), "or this does not show which router it was"
+    for folder, condition, other in (
+        ("engine", "standard", "transformers"),
+        ("engine", "full", "routed"),
+        ("server", "full", "transformers"),
+    ):
+        mine, theirs = read(tmp_path / folder, condition), read(tmp_path / other, condition)
         assert gold(mine).keys() == gold(theirs).keys() and len(gold(mine)) == int(LIMIT)
         assert gold(mine) == pytest.approx(gold(theirs), abs=2e-3), (folder, condition)
         columns = [run.benchmarks["demo_tail"] for run in (mine, theirs)]
