@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-import torch
-
 from cor_vllm.copies import Difference, compare
 from cor_vllm.errors import CorError
 from cor_vllm.fingerprint import Routers, routers_of
@@ -16,7 +14,7 @@ from cor_vllm.overlay import RouterOverlay
 from cor_vllm.scores import Scores
 from cor_vllm.serve import cpu
 from cor_vllm.serve.config import CorConfig
-from cor_vllm.serve.overlaid import dtype_refusal
+from cor_vllm.serve.overlaid import can_hold, dtype_refusal
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -95,8 +93,8 @@ def check(
     files = files_of(config, scores, overlay)
     for file in files:
         _check_model(file, model)
-    # Some models keep their routers in float32, whatever the dtype of the rest.
-    if overlay is not None and overlay.config.torch_dtype not in (model.dtype, torch.float32):
+    # A float32 file may be right: some models keep their routers in float32, whatever the rest has.
+    if overlay is not None and overlay.config.dtype != "float32" and not can_hold(overlay, model.dtype):
         raise MisfitError(
             f"{config.router}: the router of decoder layer {overlay.layer} "
             f"{dtype_refusal(overlay, model.dtype)}"

@@ -85,9 +85,14 @@ def find(model: torch.nn.Module, overlay: RouterOverlay, config: CorConfig) -> A
             f"{where} has shape {[gate.output_size, gate.input_size]} here and {list(overlay.weight.shape)} "
             "in the file: serve the model that the file was made for"
         )
-    if gate.params_dtype != overlay.config.torch_dtype:
+    if not can_hold(overlay, gate.params_dtype):
         raise GateError(f"{where} {dtype_refusal(overlay, gate.params_dtype)}")
     return gate
+
+
+def can_hold(overlay: RouterOverlay, dtype: torch.dtype) -> bool:
+    """Whether a dtype has every value of the file's weight, so that what is served is what was judged."""
+    return torch.equal(overlay.weight.to(dtype).float(), overlay.weight)
 
 
 def dtype_refusal(overlay: RouterOverlay, dtype: torch.dtype) -> str:
@@ -95,7 +100,7 @@ def dtype_refusal(overlay: RouterOverlay, dtype: torch.dtype) -> str:
     kept, wanted = str(dtype).removeprefix("torch."), overlay.config.dtype
     return (
         f"is kept in {kept} by this engine, and the file's was rounded to {wanted}: serve with --dtype "
-        f"{wanted}, or make a file with `cor-vllm reroute --dtype {kept}`"
+        f"{wanted}, or make a file with `cor-vllm reroute --served-dtype {kept}`"
     )
 
 
