@@ -37,12 +37,16 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
 
-# The unit tests that need no vLLM, on the torch and transformers of requirements-newest.txt, in an environment
-# of their own: a download of 3 GB where the package index has no CPU build of that torch (COR_TORCH_INDEX).
+# The unit tests whose result can depend on torch, triton or transformers, on those of requirements-newest.txt
+# in an environment of their own, without vLLM: a download of 3 GB where the package index has no CPU build of
+# that torch (COR_TORCH_INDEX).
 NEWEST := .cache/newest
 NEED_VLLM := benchmark_gpu cor_endpoint engine_flags evaluate_paper flags overlay_serving seams
+SAME_ON_ALL := architecture cli compat docker docs errors evaluate_conditions evaluate_faults evaluate_mirror \
+	evaluate_prompts evaluate_report evaluate_servers evaluate_statistics evaluate_table exits lifetime readme
 test-newest: $(NEWEST)/.installed
-	@$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile tests/unit $(NEED_VLLM:%=--ignore tests/unit/test_%.py)
+	@$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile tests/unit \
+		$(NEED_VLLM:%=--ignore tests/unit/test_%.py) $(SAME_ON_ALL:%=--ignore tests/unit/test_%.py)
 
 $(NEWEST)/.installed: requirements-newest.txt pyproject.toml
 	@test -x $(NEWEST)/bin/python || python3 -m venv $(NEWEST)
