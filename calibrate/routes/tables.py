@@ -1,4 +1,4 @@
-"""The result of a route analysis: what `analysis.json` holds, schema cor-misrouted/1."""
+"""The result of a route analysis: what `analysis.json` holds, format cor-misrouted/1."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -101,7 +101,7 @@ class TextTable(_Table):
 class Analysis(_Table):
     """All that an analysis found."""
 
-    version: Literal["cor-misrouted/1"] = "cor-misrouted/1"
+    format: Literal["cor-misrouted/1"] = "cor-misrouted/1"
     options: dict[str, Any]
     model: ModelTable
     text: TextTable

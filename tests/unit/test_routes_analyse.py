@@ -99,19 +99,25 @@ def test_tokens_drawn_from_the_model_have_no_excess(model: MoeModel) -> None:
 def test_over_drawn_tokens_a_route_loses_its_divergence_from_the_standard_route(model: MoeModel) -> None:
     """The mean of u_r − u₀ over tokens drawn from p₀ is −KL(p₀‖p_r), here against the whole distributions."""
     drawing = DrawOptions(routes=8)
-    standard, last = read_standard(model, random_text(0, 60), 0, 4)
+    standard, last = read_standard(model, random_text(0, 40), 0, 128)
     assert last is not None
     utilities = last_layer_utilities(model, last, standard, drawing)
-    change = (utilities.utility - utilities.utility[:, :1])[:, 1:, 1:].double().mean(dim=(1, 2))
-    divergence = route_divergence(model, standard, last, drawing)
-    assert divergence.min() >= -1e-5
-    difference = change + divergence.mean(dim=1)
-    assert divergence.mean() > 0.01
-    assert abs(difference.mean()) < 4 * difference.std() / len(difference) ** 0.5
+    log_probs = route_log_probs(model, standard, last, drawing)
+    first = log_probs[:, :1]
+    divergence = (first.exp() * (first - log_probs[:, 1:])).sum(dim=-1)
+    assert divergence.min() >= -1e-5 and divergence.mean() > 0.01
+    change = (utilities.utility - utilities.utility[:, :1])[:, 1:, 1:].double()
+    assert_zero_within_error(change.mean(dim=(1, 2)) + divergence.mean(dim=1))
+    negative_entropy = (first.exp() * first).sum(dim=(1, 2))
+    assert_zero_within_error(standard.log_prob[:, 1:].double().mean(dim=1) - negative_entropy)
 
 
-def route_divergence(model: MoeModel, standard: Any, last: Any, drawing: DrawOptions) -> torch.Tensor:
-    """[T, G] KL(p₀‖p_r) of the last layer's drawn routes."""
+def assert_zero_within_error(values: torch.Tensor) -> None:
+    assert abs(values.mean()) < 4 * values.std() / len(values) ** 0.5
+
+
+def route_log_probs(model: MoeModel, standard: Any, last: Any, drawing: DrawOptions) -> torch.Tensor:
+    """[T, 1+G, V] float64 log-probabilities of the whole vocabulary under the last layer's routes."""
     layer = model.layer_index[-1]
     routes = draw_routes(model.routers[-1], standard.router_logits[-1], standard.keys, layer, drawing, 7)
     part = LastLayer.of(model)
@@ -119,8 +125,7 @@ def route_divergence(model: MoeModel, standard: Any, last: Any, drawing: DrawOpt
         outputs = part.expert_outputs(last.x, routes.ids.flatten(1))  # [T, (1+G)·k, D]
         weighted = outputs.view(*routes.ids.shape, -1) * routes.weights[..., None]
         hidden = last.residual[:, None] + weighted.sum(dim=2)
-        log_probs = (part.norm(hidden) @ part.head.T).double().log_softmax(dim=-1)
-    return (log_probs[:, :1].exp() * (log_probs[:, :1] - log_probs[:, 1:])).sum(dim=-1)
+        return part.logits(hidden).double().log_softmax(dim=-1)
 
 
 def test_a_finished_folder_holds_the_result_and_its_pictures(result: Path, corpus: Path) -> None:
@@ -128,7 +133,7 @@ def test_a_finished_folder_holds_the_result_and_its_pictures(result: Path, corpu
         FILE, "regret.png", "regret.svg", "saturation.png", "saturation.svg"
     }  # fmt: skip
     raw = json.loads((result / FILE).read_text())
-    assert raw["version"] == "cor-misrouted/1"
+    assert raw["format"] == "cor-misrouted/1"
     assert raw["options"]["corpus"] == corpus.name and "output" not in raw["options"]
     assert (raw["text"]["scored"], raw["text"]["documents"]) == (250, 23)
     assert set(raw["versions"]) == {"cor-vllm", "torch", "transformers"}
@@ -249,8 +254,8 @@ def test_an_interrupted_replay_goes_on_to_the_same_result(
 
 
 def test_quotas_choose_the_tokens(checkpoint: Path, corpus: Path, result: Path, tmp_path: Path) -> None:
-    found = analyse(options(checkpoint, tmp_path / "o", corpus, max_tokens=30), QUIET)
-    groups = found.layers[0].groups
+    found = analyse(options(checkpoint, tmp_path / "o", corpus, max_tokens=30, layers="1,2"), QUIET)
+    groups = found.layers[1].groups
     assert [group.name for group in groups] == list(BINS), "a mean over all would be of no known text"
     whole = read_analysis(result).layers[0].groups[:3]
     assert found.text.scored <= 30
@@ -356,7 +361,7 @@ def test_what_cannot_be_done_is_one_line(
 
 
 def test_what_is_not_an_analysis_is_refused(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text('{"version": "cor-misrouted/9"}')
+    (tmp_path / FILE).write_text('{"format": "cor-misrouted/9"}')
     with pytest.raises(CalibrationError, match="not an analysis that can be read"):
         read_analysis(tmp_path)
     with pytest.raises(CalibrationError, match="cannot be read"):

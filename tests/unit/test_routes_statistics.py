@@ -150,6 +150,13 @@ def test_each_target_is_in_the_group_of_its_own_probability() -> None:
     assert fragile.share == (0, pytest.approx(2 / 3))
 
 
+def test_a_probability_at_the_edge_is_in_the_upper_group_alone() -> None:
+    log_prob = torch.tensor([[-0.1], [-0.7]]).double()
+    edges = log_prob.exp().flatten().tolist()
+    groups = probability_groups(log_prob, edges)
+    assert [group.mask.flatten().tolist() for group in groups] == [[True, False], [False, True], [False] * 2]
+
+
 def test_a_tenth_of_the_tokens_is_in_each_decile() -> None:
     every, *tenths = further_groups(torch.rand(1000, 2, generator=torch.Generator().manual_seed(0)).log())
     assert every.mask.all()
