@@ -366,3 +366,10 @@ def test_what_is_not_an_analysis_is_refused(tmp_path: Path) -> None:
         read_analysis(tmp_path)
     with pytest.raises(CalibrationError, match="cannot be read"):
         read_analysis(tmp_path / "no.json")
+
+
+def test_every_measure_is_in_the_method(result: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "method.md").read_text(encoding="utf-8")
+    assert not {
+        name for name in read_analysis(result).layers[0].groups[0].measures if f"`{name}`" not in page
+    }
