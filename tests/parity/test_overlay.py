@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import gc
+import inspect
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm.engine.arg_utils import EngineArgs
 
 from cor_vllm import overlay as overlay_file
 from cor_vllm import scores
@@ -17,6 +20,7 @@ from cor_vllm.overlay import OverlayError, RouterOverlay
 from cor_vllm.serve.fit import MisfitError
 from cor_vllm.serve.gate import GateError
 from cor_vllm.serve.overlaid import find
+from cor_vllm.serve.start import create_engine_config
 from cor_vllm.testing import tiny_models
 from cor_vllm.testing.make_overlay import base_weight, make
 from cor_vllm.testing.make_scores import make as make_scores
@@ -318,6 +322,36 @@ def test_files_of_other_models_are_refused_before_the_weights(qwen, tmp_path):
         configured(qwen, written(qwen, make(qwen, dtype="bfloat16"), "bfloat16"))
     with pytest.raises(OverlayError, match="No such file"):
         configured(qwen, {"router": str(tmp_path / "absent")})
+
+
+def test_the_start_says_what_speaks_against_the_file(qwen, caplog, monkeypatch):
+    configured(qwen, written(qwen, make(qwen)))  # which sets up vLLM's own log, too
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    configured(qwen, written(qwen, make(qwen)))
+    configured(qwen, written(qwen, make(qwen, objective="none")))
+    configured(qwen, written(qwen, make(qwen)), load_format="dummy")
+    first, second = (record.getMessage() for record in caplog.records if record.name == "vllm.cor")
+    assert "this router is the model's own" in first and "dummy weights, so the router file's" in second
+
+
+def test_switched_off_by_the_environment(qwen, monkeypatch):
+    monkeypatch.setenv("COR_DISABLE", "1")
+    monkeypatch.setattr(EngineArgs, "create_engine_config", create_engine_config(stock_configuration()))
+    assert "cor" not in configured(qwen, written(qwen, make(qwen))).additional_config
+
+
+def stock_configuration() -> Any:
+    """vLLM's own EngineArgs.create_engine_config, below the plugin's."""
+    return inspect.unwrap(EngineArgs.create_engine_config)
+
+
+def test_compiled_graphs_are_kept_apart(qwen):
+    """By the file's content, not its path alone, and by whether there is one."""
+    cor = written(qwen, make(qwen))
+    first = configured(qwen, cor).compute_hash()
+    assert configured(qwen, cor).compute_hash() == first
+    overlay_file.save(cor["router"], make(qwen, seed=1))
+    assert configured(qwen, cor).compute_hash() != first
 
 
 def test_a_router_kept_in_another_dtype_is_refused_after_the_load(qwen):
