@@ -41,7 +41,7 @@ test: $(STAMP)
 # in an environment of their own, without vLLM: a download of 3 GB where the package index has no CPU build of
 # that torch (COR_TORCH_INDEX).
 NEWEST := .cache/newest
-NEED_VLLM := benchmark_gpu cor_endpoint engine_flags evaluate_paper flags overlay_serving seams
+NEED_VLLM := benchmark_gpu cor_endpoint cor_endpoint_router engine_flags evaluate_paper flags overlay_serving seams
 SAME_ON_ALL := architecture cli compat docker docs errors evaluate_conditions evaluate_faults evaluate_mirror \
 	evaluate_prompts evaluate_report evaluate_servers evaluate_statistics evaluate_table exits lifetime readme
 test-newest: $(NEWEST)/.installed

@@ -44,6 +44,27 @@ def add(parser: Any) -> Any:
         help="Router file from `cor-vllm reroute`, which replaces the router of one layer. Works with or "
         "without --cor-scores. With both, the scores must have been measured under this router.",
     )
+    _add_routing(group)
+    # default None, not False: a flag that was not given must not count as given.
+    group.add_argument(
+        "--cor-admin",
+        action="store_true",
+        default=None,
+        help="Let POST /v1/cor change lambda and mode, and switch the router of --cor-router, while serving "
+        "(see --api-key). Without it the endpoint only reads.",
+    )
+    group.add_argument(
+        "--cor-observe",
+        action="store_true",
+        default=None,
+        help="Count expert slots changed by the routing and distinct experts per layer, on the device, for "
+        "/metrics.",
+    )
+    return parser
+
+
+def _add_routing(group: Any) -> None:
+    """What decides, with a scores file, which experts a token gets."""
     group.add_argument(
         "--cor-lambda",
         type=float,
@@ -77,22 +98,6 @@ def add(parser: Any) -> Any:
         "renormalised.",
     )
     group.add_argument("--cor-seed", type=int, metavar="N", help="Seed of --cor-mode random. Default: 0.")
-    # default None, not False: a flag that was not given must not count as given.
-    group.add_argument(
-        "--cor-admin",
-        action="store_true",
-        default=None,
-        help="Let POST /v1/cor change lambda and mode, and switch the router of --cor-router, while serving "
-        "(see --api-key). Without it the endpoint only reads.",
-    )
-    group.add_argument(
-        "--cor-observe",
-        action="store_true",
-        default=None,
-        help="Count expert slots changed by the routing and distinct experts per layer, on the device, for "
-        "/metrics.",
-    )
-    return parser
 
 
 def merge(args: argparse.Namespace) -> None:

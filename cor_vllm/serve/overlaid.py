@@ -1,5 +1,4 @@
-"""The router of a router file in a worker's model: where it goes, what is refused, and when it is put
-there."""
+"""Where the router of a router file goes in a worker's model, when, and what is refused."""
 
 from typing import TYPE_CHECKING, Any
 

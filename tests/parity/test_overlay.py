@@ -3,24 +3,18 @@
 import dataclasses
 import functools
 import gc
-import inspect
-import logging
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from vllm import LLM, SamplingParams
-from vllm.engine.arg_utils import EngineArgs
 
 from cor_vllm import overlay as overlay_file
 from cor_vllm import scores
-from cor_vllm.overlay import OverlayError, RouterOverlay
+from cor_vllm.overlay import RouterOverlay
 from cor_vllm.serve.fit import MisfitError
 from cor_vllm.serve.gate import GateError
-from cor_vllm.serve.overlaid import find
-from cor_vllm.serve.start import create_engine_config
 from cor_vllm.testing import tiny_models
 from cor_vllm.testing.make_overlay import base_weight, make
 from cor_vllm.testing.make_scores import make as make_scores
@@ -111,12 +105,18 @@ def test_a_router_that_is_the_models_own_changes_no_bit(qwen, dtype):
     assert generate(qwen, written(qwen, overlay), TOKENS, dtype=dtype) == stock(qwen, dtype)
 
 
-def test_in_bfloat16_it_is_switched_too(qwen):
+def test_in_bfloat16_it_is_switched_too_and_verify_sees_it(qwen):
     llm = start(qwen, written(qwen, make(qwen, dtype="bfloat16")), dtype="bfloat16")
     on = answer(llm, TOKENS)
-    assert verify.inspect(llm)["problems"] == []
+    report = verify.inspect(llm)
+    assert report["problems"] == [] and report["layers"] == []
+    (row,) = report["routers"]
+    assert row["layer"] == 2 and row["as_expected"] == 1 and 0 < row["logits_error"] < 0.05
+    assert "Decoder layer 2 computes with the router of the router file." in verify.render(report)
     switch(llm, False)
     assert answer(llm, TOKENS) == stock(qwen, "bfloat16") != on
+    (problem,) = verify.inspect(llm)["problems"]
+    assert "layers.2.mlp.experts (worker 0): its router's logits differ" in problem
     stopped(llm)
 
 
@@ -268,20 +268,6 @@ def test_an_update_that_leaves_the_router_out(qwen, tmp_path):
     stopped(llm)
 
 
-def test_verify_finds_a_router_that_is_not_the_files(qwen, capsys):
-    overlay = make(qwen)
-    llm = start(qwen, written(qwen, overlay))
-    report = verify.inspect(llm)
-    assert report["problems"] == [] and report["layers"] == []
-    (row,) = report["routers"]
-    assert row["layer"] == 2 and row["as_expected"] == 1 and 0 < row["logits_error"] < 1e-5
-    assert "Decoder layer 2 computes with the router of the router file." in verify.render(report)
-    worker_of(llm).cor_switch.turn(False)
-    (problem,) = verify.inspect(llm)["problems"]
-    assert "layers.2.mlp.experts (worker 0): its router's logits differ" in problem
-    stopped(llm)
-
-
 def test_scores_and_router_together(qwen):
     """The scores were measured under the router: both are in force, and neither is without the other."""
     overlay = make(qwen)
@@ -305,106 +291,3 @@ def test_scores_and_router_together(qwen):
     scores.save(path, make_scores(qwen))
     with pytest.raises(MisfitError, match="measured under the model's own router"):
         configured(qwen, {**cor, "scores": str(path)})
-
-
-def test_files_of_other_models_are_refused_before_the_weights(qwen, tmp_path):
-    overlay = make(qwen)
-    cor = written(qwen, overlay)
-    configured(qwen, cor)
-    trained = model_copies.copy(qwen, tmp_path / "trained", model_copies.other_routers)
-    with pytest.raises(MisfitError, match=r"fingerprint: the router file has .* `cor-vllm reroute`"):
-        configured(trained, cor)
-    folded = model_copies.copy(qwen, tmp_path / "folded", model_copies.folded(2))
-    with pytest.raises(MisfitError, match="decoder layer 2 was rescaled together with the norm"):
-        configured(folded, cor)
-    configured(model_copies.copy(qwen, tmp_path / "elsewhere", model_copies.folded(1)), cor)
-    with pytest.raises(MisfitError, match=r"in float32 by this engine.* serve with --dtype bfloat16, or"):
-        configured(qwen, written(qwen, make(qwen, dtype="bfloat16"), "bfloat16"))
-    with pytest.raises(OverlayError, match="No such file"):
-        configured(qwen, {"router": str(tmp_path / "absent")})
-
-
-def test_the_start_says_what_speaks_against_the_file(qwen, caplog, monkeypatch):
-    configured(qwen, written(qwen, make(qwen)))  # which sets up vLLM's own log, too
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    configured(qwen, written(qwen, make(qwen)))
-    configured(qwen, written(qwen, make(qwen, objective="none")))
-    configured(qwen, written(qwen, make(qwen)), load_format="dummy")
-    first, second = (record.getMessage() for record in caplog.records if record.name == "vllm.cor")
-    assert "this router is the model's own" in first and "dummy weights, so the router file's" in second
-
-
-def test_switched_off_by_the_environment(qwen, monkeypatch):
-    monkeypatch.setenv("COR_DISABLE", "1")
-    monkeypatch.setattr(EngineArgs, "create_engine_config", create_engine_config(stock_configuration()))
-    assert "cor" not in configured(qwen, written(qwen, make(qwen))).additional_config
-
-
-def stock_configuration() -> Any:
-    """vLLM's own EngineArgs.create_engine_config, below the plugin's."""
-    return inspect.unwrap(EngineArgs.create_engine_config)
-
-
-def test_compiled_graphs_are_kept_apart(qwen):
-    """By the file's content, not its path alone, and by whether there is one."""
-    cor = written(qwen, make(qwen))
-    first = configured(qwen, cor).compute_hash()
-    assert configured(qwen, cor).compute_hash() == first
-    overlay_file.save(cor["router"], make(qwen, seed=1))
-    assert configured(qwen, cor).compute_hash() != first
-
-
-def test_a_router_kept_in_another_dtype_is_refused_after_the_load(qwen):
-    """Models may keep their routers in float32, so that a file for float32 can be right in bfloat16."""
-    with pytest.raises(GateError, match=r"kept in bfloat16 by this engine.*reroute --dtype bfloat16"):
-        start(qwen, written(qwen, make(qwen)), dtype="bfloat16")
-
-
-def gate_like(**changes: Any) -> Any:
-    """A router of a model of cardboard that can be replaced but for `changes`."""
-    from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
-
-    gate = ReplicatedLinear.__new__(ReplicatedLinear)
-    torch.nn.Module.__init__(gate)
-    gate.quant_method = UnquantizedLinearMethod.__new__(UnquantizedLinearMethod)
-    gate.params_dtype, gate.output_size, gate.input_size = torch.float32, 7, 64
-    for name, value in changes.items():
-        setattr(gate, name, value)
-    return gate
-
-
-def model_like(gate: Any, layer: int = 2, **runner_has: Any) -> torch.nn.Module:
-    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-
-    runner = MoERunner.__new__(MoERunner)
-    torch.nn.Module.__init__(runner)
-    for name, value in runner_has.items():
-        setattr(runner, name, value)
-    block = torch.nn.Module()
-    block.experts, block.gate = runner, gate
-    layers = torch.nn.ModuleDict({str(layer): torch.nn.ModuleDict({"mlp": block})})
-    return torch.nn.ModuleDict({"layers": layers})
-
-
-def test_routers_that_cannot_be_replaced_are_refused_by_name(qwen):
-    from vllm.model_executor.layers.linear import ColumnParallelLinear
-
-    overlay, config = make(qwen), SimpleNamespace(router="F")
-    assert find(model_like(gate_like()), overlay, config) is not None
-    sharded = gate_like()
-    sharded.__class__ = ColumnParallelLinear
-    cases = [
-        (model_like(gate_like(), layer=1), "has none there that can be replaced"),
-        (model_like(None), "has none there that can be replaced"),
-        (model_like(gate_like(base_layer=torch.nn.Identity())), "LoRA adapters .* leave out --enable-lora"),
-        (model_like(sharded), "is a ColumnParallelLinear, of which a rank may hold a part"),
-        (model_like(gate_like(quant_method=object())), "is quantised here"),
-        (model_like(gate_like(), _fse_fuse_gate=True), "in a second form"),
-        (model_like(gate_like(_rocm_bf16x3_weight_eligible=True)), "in a second form"),
-        (model_like(gate_like(output_size=8)), r"has shape \[8, 64\] here and \[7, 64\] in the file"),
-        (model_like(gate_like(params_dtype=torch.float16)), "kept in float16 .* --dtype float32"),
-    ]
-    for model, says in cases:
-        with pytest.raises(GateError, match=f"^F: the router of decoder layer 2:? .*{says}") as caught:
-            find(model, overlay, config)
-        assert "\n" not in str(caught.value)
