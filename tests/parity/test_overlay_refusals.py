@@ -41,8 +41,9 @@ def test_files_of_other_models_are_refused_before_the_weights(qwen, tmp_path):
     with pytest.raises(MisfitError, match="decoder layer 2 was rescaled together with the norm"):
         configured(folded, cor)
     configured(model_copies.copy(qwen, tmp_path / "elsewhere", model_copies.folded(1)), cor)
-    with pytest.raises(MisfitError, match=r"in float32 by this engine.* serve with --dtype bfloat16, or"):
-        configured(qwen, written(qwen, make(qwen, dtype="bfloat16"), "bfloat16"))
+    configured(qwen, written(qwen, make(qwen, dtype="bfloat16"), "bfloat16"))  # float32 has all its values
+    with pytest.raises(MisfitError, match=r"in bfloat16 by this engine.* serve with --dtype float16, or"):
+        configured(qwen, written(qwen, make(qwen, dtype="float16"), "float16"), dtype="bfloat16")
     with pytest.raises(OverlayError, match="No such file"):
         configured(qwen, {"router": str(tmp_path / "absent")})
 
@@ -78,9 +79,9 @@ def test_compiled_graphs_are_kept_apart(qwen):
     assert configured(qwen, cor).compute_hash() != first
 
 
-def test_a_router_kept_in_another_dtype_is_refused_after_the_load(qwen):
+def test_a_router_kept_in_a_dtype_without_its_values_is_refused_after_the_load(qwen):
     """Models may keep their routers in float32, so that a file for float32 can be right in bfloat16."""
-    with pytest.raises(GateError, match=r"kept in bfloat16 by this engine.*reroute --dtype bfloat16"):
+    with pytest.raises(GateError, match=r"kept in bfloat16 by this engine.*reroute --served-dtype bfloat16"):
         start(qwen, written(qwen, make(qwen)), dtype="bfloat16")
 
 

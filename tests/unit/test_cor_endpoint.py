@@ -46,7 +46,7 @@ class Cardboard:
 
     def cor_status(self, engine: int) -> list[dict[str, Any]]:
         options = {"lambda": None, "mode": None, **self.fixed, **self.options[engine]}
-        options["router_on"] = self.routers[engine] is not False
+        options["router_on"] = self.routers[0] is not False  # a worker may have lost its router all the same
         layers = [
             {"layer": i, "name": f"layers.{i}", "router": "CorRouter", "kernel": "K", "k": k,
              "lambda": 0.0 if options["mode"] in ("off", "layer") else options["lambda"], "biased": True}
