@@ -21,7 +21,8 @@ from cor_vllm.calibrate.reroute.problem import Problem
 from cor_vllm.calibrate.reroute.training import Candidate, Trained, Training, TrainingOptions, rounded
 from cor_vllm.calibrate.result.assemble import versions
 from cor_vllm.calibrate.routes.closed_form import TOKENS, LastLayer
-from cor_vllm.calibrate.routes.standard import LastInputs, ScoredText, read_standard
+from cor_vllm.calibrate.routes.reading import read
+from cor_vllm.calibrate.routes.standard import LastInputs, ScoredText
 from cor_vllm.calibrate.routes.text import check_lengths, read_scored_text
 from cor_vllm.calibrate.routes.utilities import Standard
 from cor_vllm.commands.console import progress_bar
@@ -55,8 +56,7 @@ def reroute(options: RerouteOptions, console: Console) -> RouterOverlay:
     text = read_scored_text(options, folder, config.vocab_size)
     check_lengths(text, config.max_position_embeddings)
     model = load_model(folder, options.dtype, options.device)
-    console.print(f"reading {sum(map(len, text.positions))} positions of {text.name}", highlight=False)
-    problem, epsilon = read_problem(model, text, options)
+    problem, epsilon = read_problem(model, text, options, console)
     parts = split(text, problem.documents, options.seed)
     training = TrainingOptions(
         options.draw, options.tau, options.beta, options.batch, options.epochs, options.debias, options.seed,
@@ -95,13 +95,15 @@ def served_dtype(options: RerouteOptions, config: Any) -> torch.dtype:
     return torch.bfloat16 if stored == torch.float32 else stored
 
 
-def read_problem(model: MoeModel, text: ScoredText, options: RerouteOptions) -> tuple[Problem, float]:
+def read_problem(
+    model: MoeModel, text: ScoredText, options: RerouteOptions, console: Console
+) -> tuple[Problem, float]:
     """Everything behind the last router, and ε: losses that differ by less are the same but for rounding.
 
     Raises:
-        CalibrationError: the last decoder layer has no experts.
+        CalibrationError: the last decoder layer has no experts, or the model's numbers mean nothing.
     """
-    standard, inputs = read_standard(model, text, options.seed, nulls=0)
+    standard, inputs = read(model, text, options.seed, 0, console)
     if inputs is None:
         raise CalibrationError(
             f"{model.config.architectures[0]}: the last decoder layer has no experts, and only the router of "

@@ -11,10 +11,7 @@ import torch
 from rich.console import Console
 
 from cor_vllm.calibrate.config import CalibrationError
-from cor_vllm.calibrate.interventions.checks import check_baseline
-from cor_vllm.calibrate.interventions.measurement import Baseline
 from cor_vllm.calibrate.interventions.state import PartialState, partial_path, run_steps
-from cor_vllm.calibrate.model.batches import sequence_batches
 from cor_vllm.calibrate.model.limits import memory_errors
 from cor_vllm.calibrate.model.loading import load_model, model_folder, model_info, read_config
 from cor_vllm.calibrate.model.moe_model import MoeModel
@@ -25,7 +22,8 @@ from cor_vllm.calibrate.routes.groups import balanced, further_groups, only, pro
 from cor_vllm.calibrate.routes.measure import RouteMeasurement, chosen_layers
 from cor_vllm.calibrate.routes.options import AnalysisOptions
 from cor_vllm.calibrate.routes.pictures import draw_pictures
-from cor_vllm.calibrate.routes.standard import LastInputs, ScoredText, read_standard
+from cor_vllm.calibrate.routes.reading import read
+from cor_vllm.calibrate.routes.standard import LastInputs, ScoredText
 from cor_vllm.calibrate.routes.tables import (
     FILE,
     Analysis,
@@ -91,13 +89,7 @@ def _waiting_bytes(text: ScoredText, config: Any) -> int:
 def _analyse(
     options: AnalysisOptions, info: ModelInfo, model: MoeModel, text: ScoredText, console: Console
 ) -> Analysis:
-    with progress_bar(console) as progress:
-        total = sum(len(group) * max(map(len, group)) for group in sequence_batches(text.sequences))
-        task = progress.add_task("reading", total=total * len(model.decoder_layers), step="the text")
-        standard, last = read_standard(
-            model, text, options.seed, options.null, lambda rows: progress.advance(task, rows)
-        )
-    _check(model, text, standard)
+    standard, last = read(model, text, options.seed, options.null, console)
     groups = probability_groups(standard.log_prob, options.bins)
     if options.max_tokens is None:
         groups += further_groups(standard.log_prob)
@@ -119,14 +111,6 @@ def _analyse(
     )
     _write(options, analysis, standard, found)
     return analysis
-
-
-def _check(model: MoeModel, text: ScoredText, standard: Standard) -> None:
-    """Refuse logits that are not finite, and routers that choose the same experts for every token."""
-    scored = [
-        [ids[t], ids[t + 1]] for ids, at in zip(text.sequences, text.positions, strict=True) for t in at
-    ]
-    check_baseline(model, Baseline(-standard.log_prob[:, 0], standard.router_logits), scored)
 
 
 def _measured(
