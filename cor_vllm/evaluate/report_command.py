@@ -1,4 +1,4 @@
-"""`cor-vllm report`: the report of a folder of results, or of a packed file, again. Imports nothing heavy."""
+"""`cor-vllm report`: the report of an evaluation or of an analysis again. Imports nothing heavy."""
 
 import argparse
 
@@ -9,13 +9,19 @@ def add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """The command `report`."""
     parser = commands.add_parser(
         "report",
-        help="print the report of an evaluation again",
+        help="print the report of an evaluation or of a route analysis again",
         description="Print the report that cor-vllm evaluate printed, out of the results that it left: for "
         "each benchmark a table with a row for each condition and a column for each quantity. The options "
-        "choose what the rows are held against, and which items count.",
+        "choose what the rows are held against, and which items count. For a folder or JSON file of "
+        "cor-vllm analyse it prints that report, which has no options.",
     )
     add = parser.add_argument
-    add("runs", type=path, metavar="DIR|FILE", help="evaluate's --output folder, or a file of --pack")
+    add(
+        "runs",
+        type=path,
+        metavar="DIR|FILE",
+        help="the --output folder of evaluate or analyse, a file of --pack, or an analysis.json",
+    )
     add(
         "--pack",
         type=path,
@@ -62,7 +68,7 @@ def run_report(args: argparse.Namespace) -> int:
     """
     from cor_vllm.calibrate.routes.tables import FILE, read_analysis
 
-    if args.runs.name == FILE or (args.runs / FILE).is_file():
+    if args.runs.suffix == ".json" or (args.runs / FILE).is_file():
         from cor_vllm.calibrate.routes.report import print_analysis
         from cor_vllm.commands.console import Terminal
 
