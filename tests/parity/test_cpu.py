@@ -139,7 +139,7 @@ def test_a_server_says_that_its_rotary_kernel_is_wrong(checkpoints, tmp_path, ca
 def test_verify_on_amx(checkpoints, amx):
     """As a user runs it, without a word on backends: it starts, on the right ones, and says so."""
     folder = checkpoints["deepseek_v3"]
-    llm, notes = verify._load(str(folder), str(cor(folder)["scores"]), ["--dtype", "float32"])
+    llm, notes = verify._load(str(folder), {"cor_scores": str(cor(folder)["scores"])}, ["--dtype", "float32"])
     report = verify.inspect(llm)
     used = backends(llm)
     (rotary,) = llm.apply_model(lambda model: model.model.layers[0].self_attn.rotary_emb._forward_method)
