@@ -24,6 +24,28 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "runs go on when the same command is given again. Needs the packages of cor-vllm[evaluate].",
     )
     _add_common(parser)
+    _add_conditions(parser)
+    add = parser.add_argument
+    add(
+        "--server",
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        type=_pair,
+        help="instead of loading the model: an OpenAI-compatible server that runs already; the table has one "
+        "row for each. MODEL then gives the tokenizer; call the one without counterfactual routing "
+        "`standard`. A server whose row has the name of a condition must say of itself that it routes so",
+    )
+    add(
+        "--served-name",
+        type=given,
+        metavar="NAME",
+        help="the name by which the servers know the model (default: the first one that each has)",
+    )
+    return parser
+
+
+def _add_conditions(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--also",
@@ -67,23 +89,6 @@ def add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "(default: %(default)s)",
     )
     add("--list-conditions", action="store_true", help="print the conditions of these files, and stop")
-    add(
-        "--server",
-        action="append",
-        default=[],
-        metavar="NAME=URL",
-        type=_pair,
-        help="instead of loading the model: an OpenAI-compatible server that runs already; the table has one "
-        "row for each. MODEL then gives the tokenizer; call the one without counterfactual routing "
-        "`standard`. A server whose row has the name of a condition must say of itself that it routes so",
-    )
-    add(
-        "--served-name",
-        type=given,
-        metavar="NAME",
-        help="the name by which the servers know the model (default: the first one that each has)",
-    )
-    return parser
 
 
 def add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> argparse.ArgumentParser:
