@@ -1,8 +1,13 @@
 """Environment that must stand before triton, transformers and vllm are imported."""
 
 import os
+import signal
 
 from cor_vllm.commands import lifetime
+
+# A background job of a shell ignores these, and so would the commands that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 lifetime.guard()  # no engine or server outlives a test run that is killed
 
