@@ -3,6 +3,8 @@
 import argparse
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -137,6 +139,18 @@ def check_output(output: Path) -> None:
     except OSError as error:
         raise CalibrationError(
             f"--output {output}: {output.parent} cannot be written to ({error.strerror})"
+        ) from None
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Inside, the result is written; a CalibrationError if that fails, whose measurements are kept."""
+    try:
+        yield
+    except OSError as error:
+        raise CalibrationError(
+            f"--output {output}: cannot be written ({error.strerror}); make room there, and the same "
+            "command goes on from where it stopped"
         ) from None
 
 

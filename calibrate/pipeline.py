@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from cor_vllm import scores as scores_file
-from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions, check_output
+from cor_vllm.calibrate.config import CalibrationError, CalibrationOptions, check_output, writing
 from cor_vllm.calibrate.interventions.checks import check_baseline, check_measured
 from cor_vllm.calibrate.interventions.measurement import baseline
 from cor_vllm.calibrate.interventions.plain import PlainAlgorithm
@@ -101,13 +101,8 @@ def _measure_and_write(
         "checking the result on held-out text" if inputs.heldout else "no held-out text to check on"
     )
     result = assemble(model, options, info, inputs, base, strata, algorithm.result())
-    try:
+    with writing(options.output):
         scores_file.save(options.output, result)
-    except OSError as error:
-        raise CalibrationError(
-            f"--output {options.output}: cannot be written ({error.strerror}); make room there, and the same "
-            "command goes on from where it stopped"
-        ) from None
     state.remove()
     return result
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from cor_vllm.calibrate.routes.command import add_text_options
+from cor_vllm.calibrate.routes.command import add_draw_options, add_text_options
 from cor_vllm.commands.arguments import given
 
 
@@ -25,7 +25,7 @@ def add_reroute(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.add_argument("--output", required=True, type=given, metavar="FILE", help="router file to write")
     add_text_options(parser, num_tokens=20_000)
     _add_training_options(parser)
-    _add_draw_options(parser)
+    add_draw_options(parser.add_argument_group("routes"))
     _add_run_options(parser)
     return parser
 
@@ -67,24 +67,6 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="subtract from what a route gains the luck of the draw, which is what the best drawn route "
         "gains on next tokens that are drawn from the model itself (default: off)",
-    )
-
-
-def _add_draw_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("routes").add_argument
-    add("--routes", type=int, metavar="N", help="routes that are drawn for each token (default: 32)")
-    add(
-        "--pool",
-        type=int,
-        metavar="N",
-        help="routes are drawn from this many experts of highest score (default: 32, or all if there are "
-        "fewer)",
-    )
-    add(
-        "--temperature",
-        type=float,
-        metavar="T",
-        help="1 draws experts in proportion to their scores; higher values draw more alike (default: 1)",
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from cor_vllm import overlay
-from cor_vllm.calibrate.config import CalibrationError, check_output
+from cor_vllm.calibrate.config import CalibrationError, check_output, writing
 from cor_vllm.calibrate.interventions.state import PartialState
 from cor_vllm.calibrate.model.limits import memory_errors
 from cor_vllm.calibrate.model.loading import load_model, model_folder, model_info, read_config
@@ -67,13 +67,8 @@ def reroute(options: RerouteOptions, console: Console) -> RouterOverlay:
     )
     chosen, best = _train(problem, parts, training, options, state, console)
     result = _result(problem, parts, training, options, info, text, chosen, best)
-    try:
+    with writing(options.output):
         overlay.save(options.output, result)
-    except OSError as error:
-        raise CalibrationError(
-            f"--output {options.output}: cannot be written ({error.strerror}); make room there, and the same "
-            "command goes on from where it stopped"
-        ) from None
     state.remove()
     return result
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 BOOTSTRAP_DRAWS = 1000
-DOCUMENT_DRAWS = 2000
-FEWEST_DOCUMENTS = 20
+DOCUMENT_DRAWS = 2000  # of documents
+FEWEST_DOCUMENTS = 20  # with fewer there is no interval over documents
 
 
 def mean_and_sem(values: torch.Tensor) -> tuple[float, float]:
@@ -152,9 +152,7 @@ def samples_for(reliability: float, split_half: float, samples: int) -> int | No
     return math.ceil(times * samples / 2)
 
 
-def document_interval(
-    values: torch.Tensor, documents: torch.Tensor, seed: int, draws: int = DOCUMENT_DRAWS
-) -> tuple[float, float] | None:
+def document_interval(values: torch.Tensor, documents: torch.Tensor, seed: int) -> tuple[float, float] | None:
     """95 % percentile interval of the mean over positions, by resampling whole documents.
 
     Positions of one document are alike, so that resampling positions would give too narrow an interval.
@@ -163,7 +161,6 @@ def document_interval(
         values: [P].
         documents: [P] int64, the document of each position.
         seed: seed of the resampling.
-        draws: number of resamples.
 
     Returns:
         Lower and upper end; None if there are fewer than FEWEST_DOCUMENTS.
@@ -177,7 +174,7 @@ def document_interval(
     zero = torch.zeros(count, dtype=torch.float64)
     sums = zero.index_add(0, index, values.double())
     sizes = zero.index_add(0, index, torch.ones_like(values, dtype=torch.float64))
-    drawn = torch.randint(count, (draws, count), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(count, (DOCUMENT_DRAWS, count), generator=torch.Generator().manual_seed(seed))
     means = sums[drawn].sum(dim=1) / sizes[drawn].sum(dim=1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high

@@ -7,8 +7,8 @@ from math import erfc, sqrt
 import numpy as np
 import torch
 
-DRAWS = 2000
-DOCUMENTS = 20  # with fewer there is no interval
+from cor_vllm.calibrate.result.statistics import DOCUMENT_DRAWS, FEWEST_DOCUMENTS
+
 LEVEL = (2.5, 97.5)  # percentiles
 _CELLS = 2_000_000  # of the table of draws × documents that exists at one time
 
@@ -59,7 +59,7 @@ def document_sums(values: torch.Tensor, mask: torch.Tensor, document: torch.Tens
     return Sums(*sides)
 
 
-def resampled_means(sums: Sequence[Sums], seed: int, draws: int = DRAWS) -> list[Means]:
+def resampled_means(sums: Sequence[Sums], seed: int, draws: int = DOCUMENT_DRAWS) -> list[Means]:
     """Means of several measures over the same documents, with intervals from the same draws of documents.
 
     Realised and null targets are drawn together, so that the interval of the excess is a paired one. p is
@@ -102,7 +102,7 @@ def _ratios(sums: np.ndarray) -> np.ndarray:
 
 def _means(sums: Sums, whole: np.ndarray, drawn: np.ndarray) -> Means:
     realised, null = sums.documents
-    enough = (realised >= DOCUMENTS, null >= DOCUMENTS, min(realised, null) >= DOCUMENTS)
+    enough = tuple(count >= FEWEST_DOCUMENTS for count in (realised, null, min(realised, null)))
     intervals = [_interval(drawn[:, i]) if enough[i] else None for i in range(3)]
     values = [None if np.isnan(value) else float(value) for value in whole]
     p = _p_value(values[2], drawn[:, 2]) if enough[2] else None

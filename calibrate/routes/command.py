@@ -82,20 +82,9 @@ def add_text_options(parser: argparse.ArgumentParser, num_tokens: int = 10_000) 
     add("--seed", type=int, metavar="N", help="seed of every random choice (default: 0)")
 
 
-def _add_route_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("routes").add_argument
-    add(
-        "--layers",
-        type=given,
-        metavar="WHICH",
-        help="the layers whose routes are compared, each on its own: final, all, or numbers of decoder "
-        "layers with commas between them (default: final)",
-    )
-    add(
-        "--joint",
-        action="store_true",
-        help="compare routes that are drawn at all layers together, too (default: off)",
-    )
+def add_draw_options(group: argparse._ArgumentGroup) -> None:
+    """The flags that say how routes are drawn (DrawOptions)."""
+    add = group.add_argument
     add("--routes", type=int, metavar="N", help="routes that are drawn for each token (default: 32)")
     add(
         "--pool",
@@ -110,6 +99,24 @@ def _add_route_options(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="1 draws experts in proportion to their scores; higher values draw more alike (default: 1)",
     )
+
+
+def _add_route_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("routes")
+    add = group.add_argument
+    add(
+        "--layers",
+        type=given,
+        metavar="WHICH",
+        help="the layers whose routes are compared, each on its own: final, all, or numbers of decoder "
+        "layers with commas between them (default: final)",
+    )
+    add(
+        "--joint",
+        action="store_true",
+        help="compare routes that are drawn at all layers together, too (default: off)",
+    )
+    add_draw_options(group)
     add(
         "--bins",
         type=given,

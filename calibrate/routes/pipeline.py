@@ -16,8 +16,8 @@ from cor_vllm.calibrate.model.limits import memory_errors
 from cor_vllm.calibrate.model.loading import load_model, model_folder, model_info, read_config
 from cor_vllm.calibrate.model.moe_model import MoeModel
 from cor_vllm.calibrate.model.offload import Room, offload_folder, waiting_places
+from cor_vllm.calibrate.result.statistics import FEWEST_DOCUMENTS
 from cor_vllm.calibrate.routes import statistics
-from cor_vllm.calibrate.routes.bootstrap import DOCUMENTS
 from cor_vllm.calibrate.routes.groups import balanced, further_groups, only, probability_groups
 from cor_vllm.calibrate.routes.measure import RouteMeasurement, chosen_layers
 from cor_vllm.calibrate.routes.options import AnalysisOptions
@@ -177,8 +177,8 @@ def _notes(options: AnalysisOptions, model: MoeModel, text: ScoredText) -> list[
         notes.append(
             f"Positions read: {table.read}, all that the text has (--num-tokens {options.num_tokens})."
         )
-    if table.documents < DOCUMENTS:
-        notes.append(f"Documents: {table.documents}, too few for intervals, which take {DOCUMENTS}.")
+    if table.documents < FEWEST_DOCUMENTS:
+        notes.append(f"Documents: {table.documents}, too few for intervals, which take {FEWEST_DOCUMENTS}.")
     if pool == model.top_k:
         notes.append(
             f"Every route has the same {pool} experts, because the pool has no others: every regret is 0."

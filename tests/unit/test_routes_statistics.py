@@ -228,7 +228,7 @@ def test_realised_and_null_are_drawn_together() -> None:
 
 
 def test_too_few_documents_have_no_interval_and_no_tokens_no_mean() -> None:
-    document = torch.arange(40) % (bootstrap.DOCUMENTS - 1)
+    document = torch.arange(40) % (bootstrap.FEWEST_DOCUMENTS - 1)
     values = torch.rand(40, 2, generator=torch.Generator().manual_seed(0)).double()
     mask = torch.ones(40, 2).bool()
     [few, none] = resampled_means(
